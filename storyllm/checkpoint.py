@@ -1,0 +1,74 @@
+"""What a run is made of, saved whole or not at all, and loaded without ever executing what is in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+
+from .config import GPTConfig, Recipe, StoryLLMError
+from .files import atomic_write
+from .model import GPT
+from .tokenizer import tokenizer_from_dict, tokenizer_to_dict
+
+FORMAT = "storyllm 1"
+
+
+def model_contents(model: GPT, tokenizer: tiktoken.Encoding, recipe: Recipe) -> dict[str, Any]:
+    """What a model needs to be loaded alone, anywhere: weights, configuration and the whole vocabulary."""
+    return {
+        "format": FORMAT,
+        "recipe": recipe.to_dict(),
+        "tokenizer": tokenizer_to_dict(tokenizer),
+        "model": model.state_dict(),
+    }
+
+
+def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
+    """Writes `contents` (tensors and plain values) to `path`; an earlier file stays until the new one is whole."""
+    with atomic_write(Path(path)) as file:
+        torch.save(contents, file)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint, tensors on the CPU. Raises StoryLLMError for a file that is not a whole one."""
+    path = Path(path)
+    if not path.is_file():
+        raise StoryLLMError(f"there is no checkpoint {path}: train first, or name another file")
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and storage errors: the file is not what it should be
+        raise StoryLLMError(
+            f"{path} is cut short or not a checkpoint ({type(error).__name__}): copy it again, or name another file"
+        ) from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise StoryLLMError(f"{path} is not a StoryLLM checkpoint: name a best_model_params.pt that StoryLLM saved")
+    return contents
+
+
+def restore_model(contents: dict[str, Any], where: str | Path) -> tuple[GPT, tiktoken.Encoding, Recipe]:
+    """Model (on the CPU, in evaluation mode), tokenizer and recipe out of a checkpoint's contents.
+
+    Raises StoryLLMError, naming the file `where`, if they do not fit together.
+    """
+    try:
+        recipe = Recipe.from_dict(contents["recipe"])
+        tokenizer = tokenizer_from_dict(contents["tokenizer"])
+        if recipe.model.vocab_size != tokenizer.n_vocab:
+            raise StoryLLMError(f"vocabulary of {tokenizer.n_vocab} tokens, model for {recipe.model.vocab_size}")
+        model = empty_model(recipe.model)
+        model.load_state_dict(contents["model"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StoryLLMError(
+            f"{where} holds weights that do not fit its configuration ({reason}): name another file"
+        ) from error
+    return model.eval(), tokenizer, recipe
+
+
+def empty_model(config: GPTConfig) -> GPT:
+    """A GPT whose weights are about to be loaded: making it leaves the global random generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return GPT(config)

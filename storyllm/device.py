@@ -1,0 +1,101 @@
+"""Which device, number format and compilation suit this machine, and why."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from .config import GPTConfig, StoryLLMError, TrainConfig
+
+# What "auto" takes for micro_batch_size: this many tokens go through a CPU at once, and one for each of so many bytes
+# of a GPU's memory, for a model of the specification's 6 x 384 channels; a larger one gets fewer in proportion.
+CPU_TOKENS = 1_024
+GPU_BYTES_PER_TOKEN = 1 << 20
+CHANNELS = 6 * 384
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes with. `why` says in one line how it was chosen."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products; weights and sums are float32 always
+    compile: bool
+    micro_batch_size: int  # windows that go through the device at once
+    why: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context in which the forward pass runs in this machine's number format."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """A scaler that keeps small fp16 gradients from vanishing; for the other formats it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" is CUDA, else MPS, else the CPU. Raises StoryLLMError if it is not here."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if _works("mps") else "cpu")
+    if not _works(name):
+        raise StoryLLMError(f"device {name!r} is not on this machine, expected 'auto', 'cuda', 'mps' or 'cpu'")
+    return torch.device(name)
+
+
+def _works(name: str) -> bool:
+    if name == "mps" and not torch.backends.mps.is_available():
+        return False
+    try:
+        return bool((torch.ones(2, device=name) + 1).sum() == 4)
+    except (RuntimeError, AssertionError, NotImplementedError):  # unknown, not built in, or not there
+        return False
+
+
+def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
+    """Fills in every "auto" of `train` for the machine at hand, and takes what it names."""
+    device = choose_device(train.device)
+    name, reason = "CPU", "fp32 is fastest there"
+    best = torch.float32
+    capability = (0, 0)
+    if device.type == "mps":
+        name, reason = "Apple GPU (MPS)", "fp32 is what works there"
+    elif device.type == "cuda":
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        best, reason = auto_dtype(capability)
+    dtype = best if train.dtype == "auto" else getattr(torch, train.dtype)
+    if train.dtype != "auto":
+        reason = "as asked for"
+    can_compile = capability >= (7, 0) and find_spec("triton") is not None
+    compiled = can_compile if train.compile == "auto" else train.compile
+    micro_batch_size = train.micro_batch_size
+    if micro_batch_size == "auto":
+        tokens = CPU_TOKENS
+        if device.type == "cuda":
+            tokens = torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_TOKEN
+        windows = tokens * CHANNELS // (model.n_layer * model.n_embd) // model.block_size
+        micro_batch_size = max(1, min(windows, train.batch_size * train.gradient_accumulation_steps))
+    why = (
+        f"{name}, {str(dtype).removeprefix('torch.')} ({reason}), {micro_batch_size} windows at once, "
+        f"{'compiled' if compiled else 'not compiled'}"
+    )
+    return Machine(device, dtype, compiled, micro_batch_size, why)
+
+
+def auto_dtype(capability: tuple[int, int]) -> tuple[torch.dtype, str]:
+    """The number format for a CUDA GPU of that compute capability, and the reason.
+
+    `torch.cuda.is_bf16_supported()` says yes on a T4 (7.5), which emulates bf16 at a fraction of its fp16 speed: the
+    capability is what tells.
+    """
+    written = ".".join(map(str, capability))
+    if capability >= (8, 0):
+        return torch.bfloat16, f"compute capability {written}"
+    return torch.float16, f"compute capability {written}, bf16 needs 8.0"

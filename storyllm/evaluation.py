@@ -1,0 +1,77 @@
+"""How good the model is: loss over a whole file, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .config import StoryLLMError
+from .device import Machine
+from .generation import Storyteller
+from .tokenizer import tokenizer_hash
+from .tokens import open_tokens, sequential_windows
+
+WINDOWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `evaluate` found. Every token of the file but the first was predicted once."""
+
+    loss: float  # nats per token
+    perplexity: float  # exp(loss)
+    bits_per_byte: float  # all the nats, in bits, over the bytes of text: comparable between vocabularies
+    tokens: int  # predicted
+    bytes: int  # of text
+
+
+def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
+    """Loss in nats per token over `tokens` tokens, as bits per byte of the text that they stand for."""
+    return loss * tokens / math.log(2) / text_bytes
+
+
+@torch.no_grad()
+def evaluate(teller: Storyteller, data: str | Path) -> Report:
+    """Reads the whole of a `.bin` once, in float32: deterministic, the same on every call.
+
+    Windows of the model's context do not overlap; each token is predicted from those before it in its window.
+    Raises StoryLLMError if the data was made with another tokenizer than the model's.
+    """
+    tokens = open_tokens(data)
+    if tokens.info.tokenizer_hash != tokenizer_hash(teller.tokenizer):
+        raise StoryLLMError(
+            f"{data} was made with the tokenizer {tokens.info.tokenizer} ({tokens.info.vocab_size} tokens), the model's "
+            f"is another, {teller.tokenizer.name} ({teller.tokenizer.n_vocab}): prepare the data with the model's"
+        )
+    if len(tokens.ids) < 2:
+        raise StoryLLMError(f"{data} has {len(tokens.ids)} token, expected at least 2: prepare more stories")
+    device, block_size = teller.model.lm_head.weight.device, teller.model.config.block_size
+    teller.model.eval()
+    nats, predicted = 0.0, 0
+    for x, y in sequential_windows(tokens.ids, block_size, WINDOWS_AT_ONCE):
+        loss = teller.model.loss(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
+        nats += loss.item() * y.size
+        predicted += y.size
+    loss_per_token = nats / predicted
+    return Report(
+        loss=loss_per_token,
+        perplexity=math.exp(loss_per_token),
+        bits_per_byte=bits_per_byte(loss_per_token, predicted, max(1, tokens.info.bytes)),
+        tokens=predicted,
+        bytes=tokens.info.bytes,
+    )
+
+
+@torch.no_grad()
+def mean_loss(loss_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, machine: Machine) -> float:
+    """Mean loss in nats per token over the windows x and targets y, (N, T) each; the model is in evaluation mode."""
+    total = torch.zeros((), device=machine.device)
+    for xb, yb in zip(x.split(machine.micro_batch_size), y.split(machine.micro_batch_size), strict=True):
+        with machine.autocast():
+            total += loss_of(xb.to(machine.device), yb.to(machine.device)) * len(xb)
+    return total.item() / len(x)

@@ -1,0 +1,47 @@
+"""What a run says of itself: `log.jsonl`, one JSON object a line, written as it happens and read back for figures.
+
+    {"event": "run", "recipe": {...}, "versions": {...}, "device": "...", "git_revision": "...", ...}     first line
+    {"event": "update", "iteration": 32, "train_loss": 10.8, "learning_rate": 4e-05, "grad_norm": 2.1, ...}
+    {"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import StoryLLMError
+
+
+@dataclass
+class Log:
+    """A run's log. Losses are nats per token; `iteration` counts batches."""
+
+    run: dict[str, Any] = field(default_factory=dict)  # recipe, versions, device: how the run was (last) started
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: bool = False  # the run that returned this was stopped by hand
+
+
+def read_log(path: str | Path) -> Log:
+    """Reads a `log.jsonl`. Raises StoryLLMError if it is not there or a line is not one of ours.
+
+    A last line without its line end is what a cut left of a line being written: it is passed over.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StoryLLMError(f"there is no log {path}: train first, or name the log.jsonl of a run")
+    log = Log()
+    *lines, _cut = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if entry["event"] == "run":
+                log.run = entry
+            elif entry["event"] in ("update", "evaluation"):
+                (log.updates if entry["event"] == "update" else log.evaluations).append(entry)
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoryLLMError(f"{path} line {number} is not a line of a StoryLLM log: is it another file?") from error
+    return log

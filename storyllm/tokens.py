@@ -1,0 +1,228 @@
+"""Stories -> token ids in `train.bin` and `validation.bin`, and windows of them for training and evaluation.
+
+A `.bin` is raw little-endian uint16 and nothing else; the `.json` beside it says what it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from .config import DataConfig, StoryLLMError
+from .files import atomic_write, write_json
+from .stories import SPLITS, read_stories, source_fingerprint
+from .tokenizer import gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
+
+VOCABULARY = "vocabulary.json"
+TOKEN_DTYPE = np.dtype("<u2")
+STORIES_AT_ONCE = 1_024
+IDS_AT_ONCE = 1 << 24  # ids looked at together when a whole file is read
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """What a `.bin` holds, as written in the `.json` beside it."""
+
+    split: str
+    source: str
+    tokenizer: str
+    tokenizer_hash: str  # SHA-256 over the vocabulary
+    vocab_size: int
+    stories: int
+    tokens: int  # one end-of-text token a story included
+    bytes: int  # of text as UTF-8, end-of-text tokens not counted
+    sha256: str  # of the .bin
+    request: dict[str, Any]  # the settings that led to it: the same again need no work
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What `prepare` made, or found made already."""
+
+    train: TokenInfo
+    validation: TokenInfo
+
+
+def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> PreparedData:
+    """Writes the tokens of both splits into `out_dir`, with a `.json` beside each and the vocabulary.
+
+    Streams: memory does not grow with the corpus. What is there already from the same source and settings is kept;
+    what was cut off half way is made again. Raises StoryLLMError where the folder holds other data, unless
+    `overwrite`, and for a source or tokenizer that cannot be had.
+    """
+    out_dir = Path(out_dir)
+    settings = {name: value for name, value in dataclasses.asdict(data).items() if name != "source"}
+    request = {**settings, "fingerprint": source_fingerprint(data)}
+    paths = {split: out_dir / f"{split}.bin" for split in SPLITS}
+    done = {split: _complete(path, request) for split, path in paths.items()}
+    for split, path in paths.items():
+        if path.exists() and not done[split] and not overwrite:
+            raise StoryLLMError(
+                f"{path} holds other data (another source, tokenizer or setting): take another folder (--out), "
+                "or pass overwrite=True (--overwrite) to replace it"
+            )
+    tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
+    return PreparedData(**{
+        split: done[split] or _write_split(data, split, tokenizer, path, request) for split, path in paths.items()
+    })
+
+
+def _complete(path: Path, request: dict[str, Any]) -> TokenInfo | None:
+    """What `path` holds, if it was made whole by the same request."""
+    try:
+        info = read_info(path)
+    except StoryLLMError:
+        return None
+    whole = path.exists() and path.stat().st_size == info.tokens * TOKEN_DTYPE.itemsize
+    return info if whole and info.request == request else None
+
+
+def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) -> tiktoken.Encoding:
+    """The tokenizer that `data` names, trained if need be, and kept in the file `path`."""
+    try:
+        kept = json.loads(path.read_bytes())
+        if kept["request"] == request:
+            return tokenizer_from_dict(kept)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none there, or not one of ours: it is made afresh
+    if data.tokenizer == "gpt2":
+        tokenizer = gpt2_tokenizer()
+    else:
+        stories = tqdm(read_stories(data, "train"), desc="vocabulary", unit=" stories", file=sys.stdout)
+        tokenizer = train_bpe(stories, int(data.tokenizer.removeprefix("bpe:")))
+    write_json(path, {**tokenizer_to_dict(tokenizer), "request": request})
+    return tokenizer
+
+
+def _write_split(
+    data: DataConfig, split: str, tokenizer: tiktoken.Encoding, path: Path, request: dict[str, Any]
+) -> TokenInfo:
+    counts = {"stories": 0, "tokens": 0, "bytes": 0}
+    digest = hashlib.sha256()
+    stories = iter(tqdm(read_stories(data, split), desc=split, unit=" stories", file=sys.stdout))
+    with atomic_write(path) as file:
+        while batch := list(islice(stories, STORIES_AT_ONCE)):
+            encoded = tokenizer.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1)
+            ids = np.concatenate([np.array([*story, tokenizer.eot_token], TOKEN_DTYPE) for story in encoded])
+            file.write(ids.tobytes())
+            digest.update(ids.tobytes())
+            counts["stories"] += len(batch)
+            counts["tokens"] += len(ids)
+            counts["bytes"] += sum(len(story.encode()) for story in batch)
+        if not counts["stories"]:
+            raise StoryLLMError(f"{data.source} has no {split} stories: take another source or validation_fraction")
+        info = TokenInfo(
+            split=split,
+            source=data.source,
+            tokenizer=tokenizer.name,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            vocab_size=tokenizer.n_vocab,
+            sha256=digest.hexdigest(),
+            request=request,
+            **counts,
+        )
+        # The old data goes and the new description comes before the new data gets its name: at no moment does a
+        # description stand beside data that it does not describe.
+        path.unlink(missing_ok=True)
+        write_json(path.with_suffix(".json"), dataclasses.asdict(info))
+    return info
+
+
+def read_info(path: str | Path) -> TokenInfo:
+    """What the `.json` beside a `.bin` says of it. Raises StoryLLMError if there is none, or another program's."""
+    path = Path(path).with_suffix(".json")
+    if not path.is_file():
+        raise StoryLLMError(f"there is no {path}: make the data with `storyllm prepare`, or name its folder")
+    try:
+        return TokenInfo(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise StoryLLMError(f"{path} is damaged or not StoryLLM's: prepare the data again") from error
+
+
+def read_tokenizer(data_dir: str | Path) -> tiktoken.Encoding:
+    """The tokenizer kept beside the data in `data_dir`."""
+    path = Path(data_dir) / VOCABULARY
+    if not path.is_file():
+        raise StoryLLMError(f"there is no {path}: make the data with `storyllm prepare`, or name its folder")
+    try:
+        return tokenizer_from_dict(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise StoryLLMError(f"{path} is damaged or not StoryLLM's: prepare the data again") from error
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The ids of one `.bin`, memory-mapped, and what is known of them."""
+
+    path: Path
+    info: TokenInfo
+    ids: np.ndarray  # (info.tokens,) uint16
+
+
+def open_tokens(path: str | Path) -> Tokens:
+    """Opens a `.bin` that `prepare` made, and makes sure that it is what its `.json` says.
+
+    Raises StoryLLMError for a file that is missing, of another size, or holds ids beyond its vocabulary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StoryLLMError(f"there is no {path}: make the data with `storyllm prepare`, or name its folder")
+    size = path.stat().st_size
+    if size % TOKEN_DTYPE.itemsize:
+        raise StoryLLMError(f"{path} has {size} bytes, expected an even number (16-bit ids): prepare the data again")
+    info = read_info(path)
+    tokens = size // TOKEN_DTYPE.itemsize
+    if tokens != info.tokens or not tokens:
+        raise StoryLLMError(f"{path} holds {tokens:,} tokens, its .json says {info.tokens:,}: prepare the data again")
+    ids = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
+    largest = max(int(ids[start : start + IDS_AT_ONCE].max()) for start in range(0, tokens, IDS_AT_ONCE))
+    if largest >= info.vocab_size:
+        raise StoryLLMError(
+            f"{path} holds token {largest} but its vocabulary has {info.vocab_size} tokens: prepare the data again"
+        )
+    return Tokens(path, info, ids)
+
+
+def random_windows(
+    ids: np.ndarray, block_size: int, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` windows that start anywhere: (count, block_size) int64 inputs, and targets one token further on.
+
+    Raises StoryLLMError if there are not enough tokens for one window.
+    """
+    if len(ids) <= block_size:
+        raise StoryLLMError(
+            f"the data has {len(ids)} tokens, a window of {block_size} needs {block_size + 1}: "
+            "prepare more stories, or lower model.block_size"
+        )
+    starts = rng.integers(len(ids) - block_size, size=count)
+    windows = ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (count, block_size + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def sequential_windows(ids: np.ndarray, block_size: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All of `ids` in order, in windows that do not overlap, up to `count` at a time: (<= count, block_size) each.
+
+    Every token but the first is a target exactly once: what is left over comes last, as one shorter window.
+    """
+    targets = len(ids) - 1
+    whole = targets // block_size
+    for first in range(0, whole, count):
+        start, stop = first * block_size, min(first + count, whole) * block_size
+        chunk = ids[start : stop + 1].astype(np.int64)
+        yield chunk[:-1].reshape(-1, block_size), chunk[1:].reshape(-1, block_size)
+    if targets % block_size:
+        rest = ids[whole * block_size :].astype(np.int64)
+        yield rest[None, :-1], rest[None, 1:]

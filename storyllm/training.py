@@ -1,0 +1,413 @@
+"""The training step, seen whole, and the loop around it: schedule, evaluation, log, checkpoint, continuation.
+
+Nothing here depends on how often the run was cut: the windows of a batch and the dropout of an update are drawn from
+generators seeded by the recipe and the iteration, so the state of a run is its weights, its optimizer and a few numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import empty_model, load_checkpoint, model_contents, save_checkpoint
+from .config import DataConfig, Recipe, StoryLLMError, TrainConfig
+from .device import Machine, choose_machine
+from .evaluation import bits_per_byte, mean_loss
+from .log import Log, read_log
+from .model import GPT
+from .optim import lr_at, make_optimizer
+from .tokenizer import tokenizer_hash
+from .tokens import Tokens, open_tokens, random_windows, read_tokenizer
+
+BEST = "best_model_params.pt"
+LAST = "last.pt"
+LOG = "log.jsonl"
+
+# The first number of every generator's seed sequence, so that no two draw the same.
+TRAINING, EVALUATION, DROPOUT = 0, 1, 2
+
+# Fields that may change when a run continues: they say how long and where, not what is learned.
+FREE_FIELDS = {"max_iters", "stop_at", "micro_batch_size", "checkpoint_minutes", "dtype", "device", "compile"}
+
+
+def train_step(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    machine: Machine,
+    config: TrainConfig,
+    learning_rate: float,
+) -> tuple[Tensor, Tensor]:
+    """One update: gradients of all the micro-batches, clipped, and a step of the optimizer.
+
+    `micro_batches` are (windows, T) inputs and targets that make up an update together, in pieces of any size: each
+    window weighs the same. Returns the mean loss in nats per token and the norm of the gradient before clipping, both
+    scalars on the device.
+    """
+    windows_in_update = config.batch_size * config.gradient_accumulation_steps
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    summed_loss, windows = torch.zeros((), device=machine.device), 0
+    for x, y in micro_batches:
+        with machine.autocast():
+            loss = loss_of(x, y)
+        scaler.scale(loss * (len(x) / windows_in_update)).backward()
+        summed_loss += loss.detach() * len(x)
+        windows += len(x)
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    scaler.step(optimizer)  # skipped where fp16 overflowed; the scale is halved then
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return summed_loss / windows, grad_norm
+
+
+def train(
+    recipe: Recipe,
+    data_dir: str | Path = "data",
+    checkpoint_dir: str | Path = "checkpoints",
+) -> Log:
+    """Trains a model by `recipe` on the data that `prepare` made, and returns the log of the whole run.
+
+    Writes `best_model_params.pt` (the lowest validation loss), `last.pt` (everything) and `log.jsonl` into
+    `checkpoint_dir`. If they are there, the run continues, to the same losses as if it had never been cut. Ctrl-C, or a
+    notebook's stop button, saves and returns; the log's `interrupted` says so.
+
+    Raises StoryLLMError for missing or foreign data, for checkpoints of another run, and for a loss that is not finite.
+    """
+    data_dir, checkpoint_dir = Path(data_dir), Path(checkpoint_dir)
+    data = {split: open_tokens(data_dir / f"{split}.bin") for split in ("train", "validation")}
+    tokenizer = read_tokenizer(data_dir)
+    for tokens in data.values():
+        if tokens.info.tokenizer_hash != tokenizer_hash(tokenizer):
+            raise StoryLLMError(f"{tokens.path} was not made with the vocabulary beside it: prepare the data again")
+    with torch.random.fork_rng():
+        run = _Run(recipe, data, tokenizer, checkpoint_dir)
+        if not run.finished:
+            run.go()
+    return dataclasses.replace(read_log(run.log_path), interrupted=run.interrupt.requested)
+
+
+class _Run:
+    """A run's state: model, optimizer, scaler, and where it stands."""
+
+    def __init__(
+        self, recipe: Recipe, data: dict[str, Tokens], tokenizer: tiktoken.Encoding, checkpoint_dir: Path
+    ) -> None:
+        info = data["train"].info
+        request = {name: value for name, value in info.request.items() if name != "fingerprint"}
+        self.recipe = Recipe(
+            model=dataclasses.replace(recipe.model, vocab_size=info.vocab_size),
+            data=DataConfig(source=info.source, **request),
+            train=recipe.train,
+        )
+        self.config = recipe.train
+        self.data = data
+        self.tokenizer = tokenizer
+        self.directory = checkpoint_dir
+        self.log_path = checkpoint_dir / LOG
+        self.interrupt = _Interrupt()
+        self.iteration = 0  # batches seen, always at the end of an update
+        self.evaluated = -1  # iteration of the last evaluation
+        self.best_val_loss = math.inf
+        self.seconds = 0.0  # of training so far, in all its parts
+        self.log_bytes = 0  # length of the log when the state was saved
+
+        saved = load_checkpoint(self.directory / LAST) if (self.directory / LAST).exists() else None
+        if saved is not None:
+            self._check_same_run(saved)
+            self.config = dataclasses.replace(self.config, micro_batch_size=saved["micro_batch_size"])
+        self.machine = choose_machine(self.config, self.recipe.model)
+        torch.manual_seed(self.config.seed)
+        self.model = (GPT if saved is None else empty_model)(self.recipe.model).to(self.machine.device)
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.scaler = self.machine.grad_scaler()
+        if saved is not None:
+            self._restore(saved)
+
+    @property
+    def end(self) -> int:
+        """The iteration at which this part of the run ends."""
+        return min(self.config.stop_at or self.config.max_iters, self.config.max_iters)
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do before `end`. Says so."""
+        done = self.evaluated >= self.end
+        if done:
+            print(f"finished already: {self.directory} holds {self.evaluated:,} of {self.end:,} iterations")
+        return done
+
+    def go(self) -> None:
+        """Trains from where the run stands to its end, or to an interruption."""
+        rng = np.random.default_rng((EVALUATION, self.config.seed))
+        windows = {split: self._windows(split, self.config.eval_windows, rng) for split in self.data}
+        loss_of = self._loss_function()
+        bar_format = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]"
+        saved_at = started = time.monotonic()
+        earlier_seconds = self.seconds
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (
+            tqdm(total=self.end, initial=self.iteration, bar_format=bar_format, file=sys.stdout) as bar,
+            open(self.log_path, "a", encoding="utf-8") as log,
+            self.interrupt,
+        ):
+            log.truncate(self.log_bytes)
+            _write(log, {"event": "run", **self._description()})
+            try:
+                while True:
+                    next_iteration = min(self.iteration + self.config.gradient_accumulation_steps, self.config.max_iters)
+                    for point in self._evaluation_points(next_iteration):
+                        self._evaluate(point, loss_of, windows, log, bar)
+                    if next_iteration > self.end or self.iteration == self.config.max_iters:
+                        break
+                    entry = self._update(next_iteration, loss_of, bar)
+                    self.iteration = next_iteration
+                    self.seconds = earlier_seconds + time.monotonic() - started
+                    _write(log, {"event": "update", "iteration": self.iteration, **entry, "seconds": self.seconds})
+                    if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+                        self._save(log)
+                        saved_at = time.monotonic()
+            except KeyboardInterrupt:
+                bar.write(f"interrupted: {self.directory / LAST} holds {self.iteration:,} iterations")
+            self._save(log)
+
+    def _evaluation_points(self, next_iteration: int) -> list[int]:
+        """The iterations at which the present weights are due for evaluation, up to the update that comes next.
+
+        A point inside an update is evaluated before it: the weights have had only the updates that were whole by then.
+        """
+        points = {*range(0, self.end + 1, self.config.eval_interval), self.end}
+        last = next_iteration if self.iteration < self.config.max_iters else next_iteration + 1
+        first = max(self.iteration, self.evaluated + 1)
+        return sorted(point for point in points if first <= point < last)
+
+    def _windows(self, split: str, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        x, y = random_windows(self.data[split].ids, self.recipe.model.block_size, count, rng)
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    def _update(
+        self, next_iteration: int, loss_of: Callable[[Tensor, Tensor], Tensor], bar: tqdm
+    ) -> dict[str, float | None]:
+        """Takes the batches from `iteration` to `next_iteration` as one update; returns what the log says of it."""
+        started = time.monotonic()
+        batches = [
+            self._windows("train", self.config.batch_size, np.random.default_rng((TRAINING, self.config.seed, i)))
+            for i in range(self.iteration, next_iteration)
+        ]
+        x, y = (torch.cat(part).to(self.machine.device) for part in zip(*batches, strict=True))
+        self.model.train()
+        dropout_seed = np.random.SeedSequence((DROPOUT, self.config.seed, self.iteration))
+        torch.manual_seed(int(dropout_seed.generate_state(1, np.uint64)[0]) >> 1)
+        learning_rate = lr_at(next_iteration - 1, self.config)
+        loss, grad_norm = train_step(
+            loss_of, self._micro_batches(x, y, bar), self.optimizer, self.scaler, self.machine, self.config, learning_rate
+        )
+        train_loss, grad_norm = loss.item(), grad_norm.item()
+        if not math.isfinite(train_loss):
+            raise StoryLLMError(
+                f"the loss is {train_loss} at iteration {next_iteration}, learning rate {learning_rate:.2e}: "
+                f"lower train.learning_rate; {self.directory} keeps the state before"
+            )
+        tokens_per_second = x.numel() / (time.monotonic() - started)
+        bar.set_postfix_str(f"loss {train_loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:,.0f} tokens/s")
+        return {
+            "train_loss": train_loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "tokens_per_second": round(tokens_per_second, 1),
+        }
+
+    def _micro_batches(self, x: Tensor, y: Tensor, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
+        """The windows in pieces that fit the device. An interruption takes effect here, between two of them."""
+        size = self.machine.micro_batch_size
+        for xb, yb in zip(x.split(size), y.split(size), strict=True):
+            self.interrupt.check()
+            yield xb, yb
+            bar.update(len(xb) / self.config.batch_size)
+
+    def _evaluate(
+        self,
+        point: int,
+        loss_of: Callable[[Tensor, Tensor], Tensor],
+        windows: dict[str, tuple[Tensor, Tensor]],
+        log: TextIO,
+        bar: tqdm,
+    ) -> None:
+        """Losses of both splits on their fixed windows; the best weights so far are kept."""
+        self.interrupt.check()
+        self.model.eval()
+        train_loss, val_loss = (mean_loss(loss_of, *windows[split], self.machine) for split in ("train", "validation"))
+        info = self.data["validation"].info
+        entry = {
+            "event": "evaluation",
+            "iteration": point,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_bits_per_byte": bits_per_byte(val_loss, info.tokens, max(1, info.bytes)),
+            "learning_rate": lr_at(point, self.config),
+            "seconds": self.seconds,
+        }
+        if val_loss < self.best_val_loss:
+            self.best_val_loss = val_loss
+            contents = model_contents(self.model, self.tokenizer, self.recipe)
+            save_checkpoint(self.directory / BEST, {**contents, "iteration": point, "val_loss": val_loss})
+        self.evaluated = point
+        _write(log, entry)
+        bar.write(f"iteration {point:>6,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}")
+
+    def _save(self, log: TextIO) -> None:
+        save_checkpoint(
+            self.directory / LAST,
+            {
+                **model_contents(self.model, self.tokenizer, self.recipe),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "data_sha256": self.data["train"].info.sha256,
+                "iteration": self.iteration,
+                "evaluated": self.evaluated,
+                "best_val_loss": self.best_val_loss,
+                "micro_batch_size": self.machine.micro_batch_size,
+                "seconds": self.seconds,
+                "log_bytes": log.tell(),
+            },
+        )
+
+    def _check_same_run(self, saved: dict[str, Any]) -> None:
+        """Raises StoryLLMError unless the state in `checkpoint_dir` is of this recipe and this data."""
+        where = self.directory / LAST
+        if "optimizer" not in saved:
+            raise StoryLLMError(f"{where} holds weights but no training state: take another checkpoint folder")
+        if saved["data_sha256"] != self.data["train"].info.sha256:
+            raise StoryLLMError(f"{where} was trained on other data: take another checkpoint folder, or its data")
+        before, now = saved["recipe"], self.recipe.to_dict()
+        changed = [
+            f"{part}.{name} was {before[part].get(name)!r}, now {value!r}"
+            for part in ("model", "train")
+            for name, value in now[part].items()
+            if name not in FREE_FIELDS and before[part].get(name) != value
+        ]
+        if changed:
+            raise StoryLLMError(
+                f"{where} belongs to another recipe ({'; '.join(changed)}): take another checkpoint folder, "
+                "or the old values to continue"
+            )
+        if saved["iteration"] > self.config.max_iters:
+            raise StoryLLMError(
+                f"{where} has {saved['iteration']} iterations, max_iters is {self.config.max_iters}: raise it"
+            )
+        if self.config.max_iters != before["train"]["max_iters"]:
+            print(f"max_iters was {before['train']['max_iters']:,}, now {self.config.max_iters:,}: the schedule changes")
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if self.scaler.is_enabled() and saved["scaler"]:
+                self.scaler.load_state_dict(saved["scaler"])
+            for name in ("iteration", "evaluated", "best_val_loss", "seconds", "log_bytes"):
+                setattr(self, name, saved[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise StoryLLMError(
+                f"{self.directory / LAST} does not fit this model ({' '.join(str(error).split())[:120]}): "
+                "take another checkpoint folder"
+            ) from error
+        if not self.finished_before():
+            print(f"continuing at iteration {self.iteration:,}")
+
+    def finished_before(self) -> bool:
+        return self.evaluated >= self.end
+
+    def _loss_function(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`model.loss`, compiled where the machine can: what cannot be compiled is said in a line and left plain."""
+        if not self.machine.compile:
+            return self.model.loss
+        compiled = torch.compile(self.model.loss)
+        x, y = self._windows("train", self.machine.micro_batch_size, np.random.default_rng(0))
+        try:
+            with self.machine.autocast():
+                compiled(x.to(self.machine.device), y.to(self.machine.device)).backward()
+        except Exception as error:  # a compiler has many ways to fail
+            print(f"torch.compile does not work here ({type(error).__name__}): going on without it")
+            return self.model.loss
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return compiled
+
+    def _description(self) -> dict[str, Any]:
+        packages = ("torch", "tiktoken", "tokenizers", "numpy")
+        return {
+            "recipe": self.recipe.to_dict(),
+            "parameters": self.model.num_parameters(),
+            "iteration": self.iteration,
+            "device": self.machine.why,
+            "micro_batch_size": self.machine.micro_batch_size,
+            "data": {split: dataclasses.asdict(tokens.info) for split, tokens in self.data.items()},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+            "platform": platform.platform(),
+            "git_revision": _git_revision(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
+class _Interrupt:
+    """Ctrl-C, taken as a request: `check` raises KeyboardInterrupt where stopping does no harm. The second one is not
+    taken so. Outside the main thread, where no signals arrive, it does nothing."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> None:
+        self._in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._in_main_thread:
+            self._before = signal.signal(signal.SIGINT, self._request)
+
+    def __exit__(self, *_: object) -> None:
+        if self._in_main_thread:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def check(self) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+
+
+def _write(log: TextIO, entry: dict[str, Any]) -> None:
+    log.write(json.dumps(entry) + "\n")
+    log.flush()
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that this package runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
