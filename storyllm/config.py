@@ -42,7 +42,9 @@ def _check_range(config: Any, low: float, *names: str, above: bool = False, high
         if value is None or value == "auto":
             continue
         if not (value > low or (value == low and not above)) or value > high or value == math.inf:
-            bound = f"{'more than' if above else 'at least'} {low}" + (f" and at most {high}" if high < math.inf else "")
+            bound = f"{'more than' if above else 'at least'} {low}" + (
+                f" and at most {high}" if high < math.inf else ""
+            )
             raise StoryLLMError(f"{name} is {value}, expected {bound}")
 
 

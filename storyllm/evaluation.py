@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Report:
 
 def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
     """Loss in nats per token over `tokens` tokens, as bits per byte of the text that they stand for."""
-    return loss * tokens / math.log(2) / text_bytes
+    return loss * tokens / math.log(2) / max(1, text_bytes)
 
 
 @torch.no_grad()
@@ -61,17 +61,20 @@ def evaluate(teller: Storyteller, data: str | Path) -> Report:
     return Report(
         loss=loss_per_token,
         perplexity=math.exp(loss_per_token),
-        bits_per_byte=bits_per_byte(loss_per_token, predicted, max(1, tokens.info.bytes)),
+        bits_per_byte=bits_per_byte(loss_per_token, predicted, tokens.info.bytes),
         tokens=predicted,
         bytes=tokens.info.bytes,
     )
 
 
 @torch.no_grad()
-def mean_loss(loss_of: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor, machine: Machine) -> float:
-    """Mean loss in nats per token over the windows x and targets y, (N, T) each; the model is in evaluation mode."""
-    total = torch.zeros((), device=machine.device)
-    for xb, yb in zip(x.split(machine.micro_batch_size), y.split(machine.micro_batch_size), strict=True):
+def mean_loss(
+    loss_of: Callable[[Tensor, Tensor], Tensor], micro_batches: Iterable[tuple[Tensor, Tensor]], machine: Machine
+) -> float:
+    """Mean loss in nats per token over all the windows, each weighing the same; the model is in evaluation mode."""
+    total, windows = torch.zeros((), device=machine.device), 0
+    for x, y in micro_batches:
         with machine.autocast():
-            total += loss_of(xb.to(machine.device), yb.to(machine.device)) * len(xb)
-    return total.item() / len(x)
+            total += loss_of(x, y) * len(x)
+        windows += len(x)
+    return total.item() / windows

@@ -1,8 +1,8 @@
 """What a run says of itself: `log.jsonl`, one JSON object a line, written as it happens and read back for figures.
 
-    {"event": "run", "recipe": {...}, "versions": {...}, "device": "...", "git_revision": "...", ...}     first line
-    {"event": "update", "iteration": 32, "train_loss": 10.8, "learning_rate": 4e-05, "grad_norm": 2.1, ...}
-    {"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
+{"event": "run", "recipe": {...}, "versions": {...}, "device": "...", "git_revision": "...", ...}     first line
+{"event": "update", "iteration": 32, "train_loss": 10.8, "learning_rate": 4e-05, "grad_norm": 2.1, ...}
+{"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
 """
 
 from __future__ import annotations

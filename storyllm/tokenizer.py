@@ -75,9 +75,7 @@ def _encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     if len(ranks) != len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise StoryLLMError("a vocabulary needs all 256 bytes and no token twice: this one is damaged")
-    return tiktoken.Encoding(
-        name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)}
-    )
+    return tiktoken.Encoding(name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)})
 
 
 def tokenizer_to_dict(tokenizer: tiktoken.Encoding) -> dict[str, Any]:

@@ -74,9 +74,9 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
                 "or pass overwrite=True (--overwrite) to replace it"
             )
     tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
-    return PreparedData(**{
-        split: done[split] or _write_split(data, split, tokenizer, path, request) for split, path in paths.items()
-    })
+    return PreparedData(
+        **{split: done[split] or _write_split(data, split, tokenizer, path, request) for split, path in paths.items()}
+    )
 
 
 def _complete(path: Path, request: dict[str, Any]) -> TokenInfo | None:

@@ -11,14 +11,11 @@ import importlib.metadata
 import json
 import math
 import platform
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import numpy as np
@@ -27,13 +24,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import empty_model, load_checkpoint, model_contents, save_checkpoint
+from .checkpoint import load_checkpoint, model_contents, save_checkpoint
 from .config import DataConfig, Recipe, StoryLLMError, TrainConfig
 from .device import Machine, choose_machine
 from .evaluation import bits_per_byte, mean_loss
+from .interrupt import Interrupt
 from .log import Log, read_log
 from .model import GPT
 from .optim import lr_at, make_optimizer
+from .stories import SPLITS
 from .tokenizer import tokenizer_hash
 from .tokens import Tokens, open_tokens, random_windows, read_tokenizer
 
@@ -44,12 +43,18 @@ LOG = "log.jsonl"
 # The first number of every generator's seed sequence, so that no two draw the same.
 TRAINING, EVALUATION, DROPOUT = 0, 1, 2
 
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]"
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (windows, T) inputs and targets -> mean nats per token
+
 # Fields that may change when a run continues: they say how long and where, not what is learned.
-FREE_FIELDS = {"max_iters", "stop_at", "micro_batch_size", "checkpoint_minutes", "dtype", "device", "compile"}
+FREE_FIELDS = frozenset(
+    {"max_iters", "stop_at", "micro_batch_size", "checkpoint_minutes", "dtype", "device", "compile"}
+)
 
 
 def train_step(
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: LossFunction,
     micro_batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -82,11 +87,7 @@ def train_step(
     return summed_loss / windows, grad_norm
 
 
-def train(
-    recipe: Recipe,
-    data_dir: str | Path = "data",
-    checkpoint_dir: str | Path = "checkpoints",
-) -> Log:
+def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | Path = "checkpoints") -> Log:
     """Trains a model by `recipe` on the data that `prepare` made, and returns the log of the whole run.
 
     Writes `best_model_params.pt` (the lowest validation loss), `last.pt` (everything) and `log.jsonl` into
@@ -96,23 +97,30 @@ def train(
     Raises StoryLLMError for missing or foreign data, for checkpoints of another run, and for a loss that is not finite.
     """
     data_dir, checkpoint_dir = Path(data_dir), Path(checkpoint_dir)
-    data = {split: open_tokens(data_dir / f"{split}.bin") for split in ("train", "validation")}
+    data = {split: open_tokens(data_dir / f"{split}.bin") for split in SPLITS}
     tokenizer = read_tokenizer(data_dir)
     for tokens in data.values():
         if tokens.info.tokenizer_hash != tokenizer_hash(tokenizer):
             raise StoryLLMError(f"{tokens.path} was not made with the vocabulary beside it: prepare the data again")
-    with torch.random.fork_rng():
-        run = _Run(recipe, data, tokenizer, checkpoint_dir)
-        if not run.finished:
+    with torch.random.fork_rng(), Interrupt() as interrupt:
+        run = _Run(recipe, data, tokenizer, checkpoint_dir, interrupt)
+        if run.evaluated >= run.end:
+            print(f"finished already: {checkpoint_dir} holds {run.evaluated:,} iterations of {run.end:,}")
+        else:
             run.go()
-    return dataclasses.replace(read_log(run.log_path), interrupted=run.interrupt.requested)
+    return dataclasses.replace(read_log(checkpoint_dir / LOG), interrupted=interrupt.requested)
 
 
 class _Run:
-    """A run's state: model, optimizer, scaler, and where it stands."""
+    """A run: model, optimizer, scaler, and how far it has come."""
 
     def __init__(
-        self, recipe: Recipe, data: dict[str, Tokens], tokenizer: tiktoken.Encoding, checkpoint_dir: Path
+        self,
+        recipe: Recipe,
+        data: dict[str, Tokens],
+        tokenizer: tiktoken.Encoding,
+        directory: Path,
+        interrupt: Interrupt,
     ) -> None:
         info = data["train"].info
         request = {name: value for name, value in info.request.items() if name != "fingerprint"}
@@ -122,61 +130,50 @@ class _Run:
             train=recipe.train,
         )
         self.config = recipe.train
+        self.end = min(self.config.stop_at or self.config.max_iters, self.config.max_iters)
         self.data = data
         self.tokenizer = tokenizer
-        self.directory = checkpoint_dir
-        self.log_path = checkpoint_dir / LOG
-        self.interrupt = _Interrupt()
-        self.iteration = 0  # batches seen, always at the end of an update
+        self.directory = directory
+        self.interrupt = interrupt
+        self.iteration = 0  # batches seen; always at the end of an update
         self.evaluated = -1  # iteration of the last evaluation
         self.best_val_loss = math.inf
         self.seconds = 0.0  # of training so far, in all its parts
         self.log_bytes = 0  # length of the log when the state was saved
 
-        saved = load_checkpoint(self.directory / LAST) if (self.directory / LAST).exists() else None
+        saved = load_checkpoint(directory / LAST) if (directory / LAST).exists() else None
         if saved is not None:
             self._check_same_run(saved)
-            self.config = dataclasses.replace(self.config, micro_batch_size=saved["micro_batch_size"])
+            if self.config.micro_batch_size == "auto":
+                self.config = dataclasses.replace(self.config, micro_batch_size=saved["micro_batch_size"])
         self.machine = choose_machine(self.config, self.recipe.model)
         torch.manual_seed(self.config.seed)
-        self.model = (GPT if saved is None else empty_model)(self.recipe.model).to(self.machine.device)
+        self.model = GPT(self.recipe.model).to(self.machine.device)
         self.optimizer = make_optimizer(self.model, self.config)
         self.scaler = self.machine.grad_scaler()
         if saved is not None:
             self._restore(saved)
 
-    @property
-    def end(self) -> int:
-        """The iteration at which this part of the run ends."""
-        return min(self.config.stop_at or self.config.max_iters, self.config.max_iters)
-
-    @property
-    def finished(self) -> bool:
-        """Nothing is left to do before `end`. Says so."""
-        done = self.evaluated >= self.end
-        if done:
-            print(f"finished already: {self.directory} holds {self.evaluated:,} of {self.end:,} iterations")
-        return done
-
     def go(self) -> None:
-        """Trains from where the run stands to its end, or to an interruption."""
+        """Trains from where the run stands to its end, or until it is interrupted."""
+        print(f"{self.model.num_parameters():,} parameters on {self.machine.why}")
         rng = np.random.default_rng((EVALUATION, self.config.seed))
-        windows = {split: self._windows(split, self.config.eval_windows, rng) for split in self.data}
+        windows = {split: self._windows(split, self.config.eval_windows, rng) for split in SPLITS}
         loss_of = self._loss_function()
-        bar_format = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]"
+        self.directory.mkdir(parents=True, exist_ok=True)
         saved_at = started = time.monotonic()
         earlier_seconds = self.seconds
-        self.directory.mkdir(parents=True, exist_ok=True)
         with (
-            tqdm(total=self.end, initial=self.iteration, bar_format=bar_format, file=sys.stdout) as bar,
-            open(self.log_path, "a", encoding="utf-8") as log,
-            self.interrupt,
+            tqdm(total=self.end, initial=self.iteration, bar_format=BAR, mininterval=0.5, file=sys.stdout) as bar,
+            open(self.directory / LOG, "a", encoding="utf-8") as log,
         ):
-            log.truncate(self.log_bytes)
+            log.truncate(self.log_bytes)  # what was written after the last saving happens again
             _write(log, {"event": "run", **self._description()})
             try:
                 while True:
-                    next_iteration = min(self.iteration + self.config.gradient_accumulation_steps, self.config.max_iters)
+                    next_iteration = min(
+                        self.iteration + self.config.gradient_accumulation_steps, self.config.max_iters
+                    )
                     for point in self._evaluation_points(next_iteration):
                         self._evaluate(point, loss_of, windows, log, bar)
                     if next_iteration > self.end or self.iteration == self.config.max_iters:
@@ -189,7 +186,7 @@ class _Run:
                         self._save(log)
                         saved_at = time.monotonic()
             except KeyboardInterrupt:
-                bar.write(f"interrupted: {self.directory / LAST} holds {self.iteration:,} iterations")
+                bar.write(f"interrupted: {self.directory / LAST} keeps {self.iteration:,} iterations")
             self._save(log)
 
     def _evaluation_points(self, next_iteration: int) -> list[int]:
@@ -198,83 +195,84 @@ class _Run:
         A point inside an update is evaluated before it: the weights have had only the updates that were whole by then.
         """
         points = {*range(0, self.end + 1, self.config.eval_interval), self.end}
-        last = next_iteration if self.iteration < self.config.max_iters else next_iteration + 1
+        if self.iteration == self.config.max_iters:
+            next_iteration += 1  # no update comes next: the last point is due
         first = max(self.iteration, self.evaluated + 1)
-        return sorted(point for point in points if first <= point < last)
+        return sorted(point for point in points if first <= point < next_iteration)
 
     def _windows(self, split: str, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         x, y = random_windows(self.data[split].ids, self.recipe.model.block_size, count, rng)
         return torch.from_numpy(x), torch.from_numpy(y)
 
-    def _update(
-        self, next_iteration: int, loss_of: Callable[[Tensor, Tensor], Tensor], bar: tqdm
-    ) -> dict[str, float | None]:
+    def _update(self, next_iteration: int, loss_of: LossFunction, bar: tqdm) -> dict[str, float | None]:
         """Takes the batches from `iteration` to `next_iteration` as one update; returns what the log says of it."""
         started = time.monotonic()
         batches = [
             self._windows("train", self.config.batch_size, np.random.default_rng((TRAINING, self.config.seed, i)))
             for i in range(self.iteration, next_iteration)
         ]
-        x, y = (torch.cat(part).to(self.machine.device) for part in zip(*batches, strict=True))
+        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))  # (windows, T) each
         self.model.train()
-        dropout_seed = np.random.SeedSequence((DROPOUT, self.config.seed, self.iteration))
-        torch.manual_seed(int(dropout_seed.generate_state(1, np.uint64)[0]) >> 1)
+        torch.manual_seed(_seed_of(DROPOUT, self.config.seed, self.iteration))
         learning_rate = lr_at(next_iteration - 1, self.config)
-        loss, grad_norm = train_step(
-            loss_of, self._micro_batches(x, y, bar), self.optimizer, self.scaler, self.machine, self.config, learning_rate
+        micro_batches = self._with_progress(self._micro_batches(x, y), bar)
+        loss, norm = train_step(
+            loss_of, micro_batches, self.optimizer, self.scaler, self.machine, self.config, learning_rate
         )
-        train_loss, grad_norm = loss.item(), grad_norm.item()
+        train_loss, grad_norm = loss.item(), norm.item()
         if not math.isfinite(train_loss):
             raise StoryLLMError(
                 f"the loss is {train_loss} at iteration {next_iteration}, learning rate {learning_rate:.2e}: "
-                f"lower train.learning_rate; {self.directory} keeps the state before"
+                f"lower train.learning_rate; {self.directory} keeps an earlier state"
             )
         tokens_per_second = x.numel() / (time.monotonic() - started)
-        bar.set_postfix_str(f"loss {train_loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:,.0f} tokens/s")
+        bar.set_postfix_str(f"loss {train_loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:,.0f} tokens/s", False)
         return {
             "train_loss": train_loss,
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16 may overflow: that step is skipped
             "tokens_per_second": round(tokens_per_second, 1),
         }
 
-    def _micro_batches(self, x: Tensor, y: Tensor, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
-        """The windows in pieces that fit the device. An interruption takes effect here, between two of them."""
+    def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The windows on the device, in pieces that fit it. An interrupt takes effect here, between two of them."""
         size = self.machine.micro_batch_size
         for xb, yb in zip(x.split(size), y.split(size), strict=True):
             self.interrupt.check()
-            yield xb, yb
-            bar.update(len(xb) / self.config.batch_size)
+            yield xb.to(self.machine.device), yb.to(self.machine.device)
+
+    def _with_progress(
+        self, micro_batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, y in micro_batches:
+            yield x, y
+            bar.update(len(x) / self.config.batch_size)
 
     def _evaluate(
-        self,
-        point: int,
-        loss_of: Callable[[Tensor, Tensor], Tensor],
-        windows: dict[str, tuple[Tensor, Tensor]],
-        log: TextIO,
-        bar: tqdm,
+        self, point: int, loss_of: LossFunction, windows: dict[str, tuple[Tensor, Tensor]], log: TextIO, bar: tqdm
     ) -> None:
-        """Losses of both splits on their fixed windows; the best weights so far are kept."""
-        self.interrupt.check()
+        """Losses of both splits on their fixed windows, logged as of iteration `point`; the best weights are kept."""
         self.model.eval()
-        train_loss, val_loss = (mean_loss(loss_of, *windows[split], self.machine) for split in ("train", "validation"))
+        train_loss, val_loss = (
+            mean_loss(loss_of, self._micro_batches(*windows[split]), self.machine) for split in SPLITS
+        )
         info = self.data["validation"].info
-        entry = {
-            "event": "evaluation",
-            "iteration": point,
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "val_bits_per_byte": bits_per_byte(val_loss, info.tokens, max(1, info.bytes)),
-            "learning_rate": lr_at(point, self.config),
-            "seconds": self.seconds,
-        }
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
             contents = model_contents(self.model, self.tokenizer, self.recipe)
             save_checkpoint(self.directory / BEST, {**contents, "iteration": point, "val_loss": val_loss})
         self.evaluated = point
+        entry = {
+            "event": "evaluation",
+            "iteration": point,
+            "train_loss": train_loss,
+            "val_loss": val_loss,
+            "val_bits_per_byte": bits_per_byte(val_loss, info.tokens, info.bytes),
+            "learning_rate": lr_at(point, self.config),
+            "seconds": self.seconds,
+        }
         _write(log, entry)
-        bar.write(f"iteration {point:>6,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}")
+        bar.write(f"iteration {point:>6,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}", sys.stdout)
 
     def _save(self, log: TextIO) -> None:
         save_checkpoint(
@@ -317,7 +315,9 @@ class _Run:
                 f"{where} has {saved['iteration']} iterations, max_iters is {self.config.max_iters}: raise it"
             )
         if self.config.max_iters != before["train"]["max_iters"]:
-            print(f"max_iters was {before['train']['max_iters']:,}, now {self.config.max_iters:,}: the schedule changes")
+            print(
+                f"max_iters was {before['train']['max_iters']:,}, now {self.config.max_iters:,}: the schedule changes"
+            )
 
     def _restore(self, saved: dict[str, Any]) -> None:
         try:
@@ -332,13 +332,10 @@ class _Run:
                 f"{self.directory / LAST} does not fit this model ({' '.join(str(error).split())[:120]}): "
                 "take another checkpoint folder"
             ) from error
-        if not self.finished_before():
+        if self.evaluated < self.end:
             print(f"continuing at iteration {self.iteration:,}")
 
-    def finished_before(self) -> bool:
-        return self.evaluated >= self.end
-
-    def _loss_function(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _loss_function(self) -> LossFunction:
         """`model.loss`, compiled where the machine can: what cannot be compiled is said in a line and left plain."""
         if not self.machine.compile:
             return self.model.loss
@@ -373,30 +370,9 @@ class _Run:
         }
 
 
-class _Interrupt:
-    """Ctrl-C, taken as a request: `check` raises KeyboardInterrupt where stopping does no harm. The second one is not
-    taken so. Outside the main thread, where no signals arrive, it does nothing."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> None:
-        self._in_main_thread = threading.current_thread() is threading.main_thread()
-        if self._in_main_thread:
-            self._before = signal.signal(signal.SIGINT, self._request)
-
-    def __exit__(self, *_: object) -> None:
-        if self._in_main_thread:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _request(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def check(self) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
+def _seed_of(*numbers: int) -> int:
+    """One seed for PyTorch out of several numbers: different for different ones."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1  # 63 bits: it must not overflow
 
 
 def _write(log: TextIO, entry: dict[str, Any]) -> None:
