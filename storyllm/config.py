@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,16 +24,18 @@ def _check_types(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         options = [hint] if get_origin(hint) is Literal or not get_args(hint) else list(get_args(hint))
-        if float in options and type(value) is int:
+        if float in options and type(value) is int and abs(value) < 2**53:
             object.__setattr__(config, name, float(value))
         elif not any(
-            value in get_args(option) if get_origin(option) is Literal else type(value) is option for option in options
+            type(value) is str and value in get_args(option) if get_origin(option) is Literal else type(value) is option
+            for option in options
         ):
             expected = [
                 " or ".join(map(repr, get_args(option))) if get_origin(option) is Literal else option.__name__
                 for option in options
             ]
-            raise StoryLLMError(f"{name} is {value!r}, expected {' or '.join(expected).replace('NoneType', 'None')}")
+            got = " ".join(repr(value).split())  # a tensor's repr has several lines
+            raise StoryLLMError(f"{name} is {got}, expected {' or '.join(expected).replace('NoneType', 'None')}")
 
 
 def _check_range(config: Any, low: float, *names: str, above: bool = False, high: float = math.inf) -> None:
@@ -42,9 +45,8 @@ def _check_range(config: Any, low: float, *names: str, above: bool = False, high
         if value is None or value == "auto":
             continue
         if not (value > low or (value == low and not above)) or value > high or value == math.inf:
-            bound = f"{'more than' if above else 'at least'} {low}" + (
-                f" and at most {high}" if high < math.inf else ""
-            )
+            bound = f"{'more than' if above else 'at least'} {low}"
+            bound += f" and at most {high}" if high < math.inf else " and finite" if value == math.inf else ""
             raise StoryLLMError(f"{name} is {value}, expected {bound}")
 
 
@@ -96,7 +98,7 @@ class DataConfig:
             raise StoryLLMError(f"validation_fraction is {self.validation_fraction}, expected a share between 0 and 1")
         if self.tokenizer != "gpt2":
             size = self.tokenizer.removeprefix("bpe:")
-            if size == self.tokenizer or not (size.isascii() and size.isdigit()) or not 257 <= int(size) <= 65536:
+            if size == self.tokenizer or not re.fullmatch("[0-9]{3,5}", size) or not 257 <= int(size) <= 65536:
                 raise StoryLLMError(
                     f"tokenizer is {self.tokenizer!r}, expected 'gpt2' or 'bpe:N' with N from 257 to 65536"
                 )
@@ -136,7 +138,8 @@ class TrainConfig:
             *("eval_interval", "eval_windows"),
         )
         _check_range(self, 0, "learning_rate", above=True)
-        _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes", "seed")
+        _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes")
+        _check_range(self, 0, "seed", high=2**63 - 1)  # as far as PyTorch's generators take one
         _check_range(self, 0, "warmup_start", high=1)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -150,6 +153,9 @@ class Recipe:
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
         """This recipe with fields changed by dotted name, as in `{"train.max_iters": 2_000, "model.n_layer": 4}`.
@@ -175,6 +181,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """The recipe that `to_dict` wrote. Raises StoryLLMError for a name or value that does not belong."""
+        if not isinstance(values, Mapping) or not all(isinstance(fields, Mapping) for fields in values.values()):
+            raise StoryLLMError("this is not a recipe: expected what Recipe.to_dict wrote")
         return cls().override({f"{part}.{name}": v for part, fields in values.items() for name, v in fields.items()})
 
 

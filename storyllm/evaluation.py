@@ -51,12 +51,14 @@ def evaluate(teller: Storyteller, data: str | Path) -> Report:
     if len(tokens.ids) < 2:
         raise StoryLLMError(f"{data} has {len(tokens.ids)} token, expected at least 2: prepare more stories")
     device, block_size = teller.model.lm_head.weight.device, teller.model.config.block_size
+    was_training = teller.model.training
     teller.model.eval()
     nats, predicted = 0.0, 0
     for x, y in sequential_windows(tokens.ids, block_size, WINDOWS_AT_ONCE):
         loss = teller.model.loss(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
         nats += loss.item() * y.size
         predicted += y.size
+    teller.model.train(was_training)
     loss_per_token = nats / predicted
     return Report(
         loss=loss_per_token,

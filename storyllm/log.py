@@ -40,8 +40,8 @@ def read_log(path: str | Path) -> Log:
             entry = json.loads(line)
             if entry["event"] == "run":
                 log.run = entry
-            elif entry["event"] in ("update", "evaluation"):
-                (log.updates if entry["event"] == "update" else log.evaluations).append(entry)
-        except (ValueError, KeyError, TypeError) as error:
+            else:
+                {"update": log.updates, "evaluation": log.evaluations}[entry["event"]].append(entry)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoryLLMError(f"{path} line {number} is not a line of a StoryLLM log: is it another file?") from error
     return log

@@ -43,7 +43,7 @@ def next_token_probs(
         logits = torch.full_like(logits, -math.inf).scatter(-1, ids, largest)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        largest, ids = probs.sort(-1, descending=True, stable=True)
+        largest, ids = probs.sort(dim=-1, descending=True, stable=True)
         # A token stays while those before it hold less than top_p; the first always does.
         largest = largest.masked_fill(largest.cumsum(-1) - largest >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, ids, largest)

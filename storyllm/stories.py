@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,10 +27,12 @@ def read_stories(data: DataConfig, split: str) -> Iterator[str]:
     A source without a validation split of its own has `validation_fraction` of its stories held out, evenly spread.
     Raises StoryLLMError for a source that is not there, cannot be read or holds something else.
     """
+    if split not in SPLITS:
+        raise StoryLLMError(f"there is no split {split!r}, expected one of: {', '.join(SPLITS)}")
     if data.source == "builtin":
         count = data.builtin_stories if split == "train" else max(1, data.builtin_stories // 20)
         stories: Iterator[str] = builtin_stories(data.builtin_seed, split, count)
-    elif Path(data.source).exists():
+    elif os.path.exists(data.source):
         stories = _local_stories(data, split)
     else:
         stories = _hub_stories(data, split)
@@ -40,10 +44,13 @@ def source_fingerprint(data: DataConfig) -> str:
     if data.source == "builtin":
         sample = "\n".join(builtin_stories(data.builtin_seed, "train", 100))
         return f"builtin:{hashlib.sha256(sample.encode()).hexdigest()}"
-    if not Path(data.source).exists():
+    if not os.path.exists(data.source):
         return data.source
     files = {path for split in SPLITS for path in _local_files(data.source)[split]}
-    return " ".join(f"{path.name}:{sha256(path)}" for path in sorted(files))
+    try:
+        return " ".join(f"{path.name}:{sha256(path)}" for path in sorted(files))
+    except OSError as error:
+        raise StoryLLMError(f"cannot read {error.filename or data.source} ({error.strerror})") from error
 
 
 def _hold_out(stories: Iterable[str], split: str, fraction: float) -> Iterator[str]:
@@ -55,7 +62,7 @@ def _hold_out(stories: Iterable[str], split: str, fraction: float) -> Iterator[s
 
 
 def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
-    if data.source.endswith(SUFFIXES) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.source):
+    if data.source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.source):
         raise StoryLLMError(
             f"there is no file or folder {data.source!r}: name one that exists, a dataset on the hub as 'owner/name', "
             "or 'builtin'"
@@ -94,7 +101,7 @@ def _local_files(source: str) -> dict[str, list[Path]]:
         raise StoryLLMError(f"{found}, expected {', '.join(SUFFIXES)}: convert it, or name another source")
     train = [p for p in files if re.search(r"train", p.stem, re.IGNORECASE)]
     validation = [p for p in files if re.search(r"valid|(^|[-_.])(val|dev)([-_.]|$)", p.stem, re.IGNORECASE)]
-    if train and validation:
+    if train and validation and not set(train) & set(validation):
         return {"train": train, "validation": validation}
     return {"train": files, "validation": files}
 
@@ -155,14 +162,18 @@ def _txt_stories(path: Path, column: str) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends, decoded as UTF-8 (a byte order mark at the start is not text)."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise StoryLLMError(
-                    f"{path} line {number} is not UTF-8 (byte 0x{line[error.start]:02x}): convert the file to UTF-8"
-                ) from error
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                try:
+                    yield number, line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise StoryLLMError(
+                        f"{path} line {number} is not UTF-8 (byte 0x{line[error.start]:02x}): convert the file to UTF-8"
+                    ) from error
+    except OSError as error:
+        raise StoryLLMError(f"cannot read {path} ({error.strerror})") from error
 
 
 def _checked(stories: Iterable[object], where: str) -> Iterator[str]:

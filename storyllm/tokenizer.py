@@ -73,8 +73,10 @@ def _printable_bytes() -> dict[str, int]:
 
 def _encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    if len(ranks) != len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise StoryLLMError("a vocabulary needs all 256 bytes and no token twice: this one is damaged")
+    if len(ranks) != len(tokens) or b"" in ranks or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise StoryLLMError("a vocabulary needs all 256 bytes and no token empty or twice: this one is damaged")
+    if len(tokens) > 65535:
+        raise StoryLLMError(f"the vocabulary has {len(tokens) + 1} tokens, expected at most 65536 (16-bit ids)")
     return tiktoken.Encoding(name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)})
 
 
@@ -88,7 +90,7 @@ def tokenizer_from_dict(values: dict[str, Any]) -> tiktoken.Encoding:
     """The tokenizer that `tokenizer_to_dict` wrote, without a network. Raises StoryLLMError for anything else."""
     try:
         tokens = [base64.b64decode(token, validate=True) for token in values["tokens"].split(" ")]
-        return _encoding(values["name"], tokens)
+        return _encoding(str(values["name"]), tokens)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, StoryLLMError):
             raise

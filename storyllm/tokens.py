@@ -73,9 +73,19 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
                 f"{path} holds other data (another source, tokenizer or setting): take another folder (--out), "
                 "or pass overwrite=True (--overwrite) to replace it"
             )
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoryLLMError(f"cannot make the folder {out_dir} ({error.strerror}): take another (--out)") from error
     tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
+    wanted = tokenizer_hash(tokenizer)  # differs only where vocabulary.json was lost and made anew
     return PreparedData(
-        **{split: done[split] or _write_split(data, split, tokenizer, path, request) for split, path in paths.items()}
+        **{
+            split: info
+            if (info := done[split]) and info.tokenizer_hash == wanted
+            else _write_split(data, split, tokenizer, path, request)
+            for split, path in paths.items()
+        }
     )
 
 
@@ -95,7 +105,7 @@ def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) ->
         kept = json.loads(path.read_bytes())
         if kept["request"] == request:
             return tokenizer_from_dict(kept)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # none there, or not one of ours: it is made afresh
     if data.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
@@ -146,8 +156,11 @@ def read_info(path: str | Path) -> TokenInfo:
     if not path.is_file():
         raise StoryLLMError(f"there is no {path}: make the data with `storyllm prepare`, or name its folder")
     try:
-        return TokenInfo(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
+        info = TokenInfo(**json.loads(path.read_bytes()))
+        if not all(type(number) is int for number in (info.vocab_size, info.stories, info.tokens, info.bytes)):
+            raise TypeError("a count is not a whole number")
+        return info
+    except (ValueError, TypeError, RecursionError) as error:
         raise StoryLLMError(f"{path} is damaged or not StoryLLM's: prepare the data again") from error
 
 
@@ -158,7 +171,7 @@ def read_tokenizer(data_dir: str | Path) -> tiktoken.Encoding:
         raise StoryLLMError(f"there is no {path}: make the data with `storyllm prepare`, or name its folder")
     try:
         return tokenizer_from_dict(json.loads(path.read_bytes()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoryLLMError(f"{path} is damaged or not StoryLLM's: prepare the data again") from error
 
 
@@ -217,7 +230,7 @@ def sequential_windows(ids: np.ndarray, block_size: int, count: int) -> Iterator
 
     Every token but the first is a target exactly once: what is left over comes last, as one shorter window.
     """
-    targets = len(ids) - 1
+    targets = max(len(ids) - 1, 0)
     whole = targets // block_size
     for first in range(0, whole, count):
         start, stop = first * block_size, min(first + count, whole) * block_size

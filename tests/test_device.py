@@ -1,0 +1,86 @@
+"""What "auto" becomes, on this machine and on GPUs that this machine does not have."""
+
+import types
+
+import pytest
+import torch
+
+from storyllm import RECIPES, GPTConfig, StoryLLMError, TrainConfig
+from storyllm.device import auto_dtype, choose_device, choose_machine
+
+T4 = types.SimpleNamespace(name="Tesla T4", capability=(7, 5), total_memory=15_828_320_256)
+A100 = types.SimpleNamespace(name="NVIDIA A100-SXM4-40GB", capability=(8, 0), total_memory=42_405_855_232)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes PyTorch's questions about the hardware be answered as the given GPU would."""
+
+    def pretend(card):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)  # as on a T4, emulated
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card.name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: card.capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
+def test_bf16_from_compute_capability_8_on(capability, dtype):
+    assert auto_dtype(capability)[0] == dtype
+
+
+def test_a_t4_trains_in_fp16_with_a_scaler(gpu):
+    gpu(T4)
+    machine = choose_machine(TrainConfig(), GPTConfig())
+    assert machine.device.type == "cuda"
+    assert machine.dtype == torch.float16
+    assert "T4" in machine.why
+    assert "7.5" in machine.why
+    assert 32 <= machine.micro_batch_size <= 128
+
+
+def test_an_a100_trains_in_bf16(gpu):
+    gpu(A100)
+    machine = choose_machine(TrainConfig(), GPTConfig())
+    assert machine.dtype == torch.bfloat16
+    assert machine.micro_batch_size > 128
+
+
+def test_a_larger_model_gets_fewer_windows_at_once(gpu):
+    gpu(T4)
+    small, large = (RECIPES[name].model for name in ("context-1024", "gpt2-small"))
+    assert choose_machine(TrainConfig(), large).micro_batch_size < choose_machine(TrainConfig(), small).micro_batch_size
+    huge = GPTConfig(n_layer=200, n_embd=6144)
+    assert choose_machine(TrainConfig(), huge).micro_batch_size == 1
+
+
+def test_an_update_is_never_exceeded():
+    config = TrainConfig(batch_size=2, gradient_accumulation_steps=3, device="cpu")
+    assert choose_machine(config, GPTConfig(n_layer=1, n_embd=6, block_size=8)).micro_batch_size == 6
+
+
+def test_the_cpu_computes_in_float32_and_plainly():
+    machine = choose_machine(TrainConfig(device="cpu"), GPTConfig())
+    assert (machine.device.type, machine.dtype, machine.compile) == ("cpu", torch.float32, False)
+    assert not machine.grad_scaler().is_enabled()
+
+
+def test_what_is_named_is_taken():
+    config = TrainConfig(device="cpu", dtype="bfloat16", compile=True, micro_batch_size=5)
+    machine = choose_machine(config, GPTConfig())
+    assert (machine.dtype, machine.compile, machine.micro_batch_size) == (torch.bfloat16, True, 5)
+    with machine.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    half = choose_machine(TrainConfig(device="cpu", dtype="float16"), GPTConfig())
+    assert half.grad_scaler().is_enabled()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "meta!", "xpu"])
+def test_a_device_that_is_not_here_is_refused_in_one_line(name):
+    with pytest.raises(StoryLLMError, match="not on this machine, expected"):
+        choose_device(name)
