@@ -20,7 +20,8 @@ from .plots import plot_losses
 from .tokens import prepare
 from .training import train
 
-RecipeName = Annotated[str, arg(help=f"one of: {', '.join(RECIPES)}; its fields are the defaults below", metavar="NAME")]
+RECIPE_HELP = f"one of: {', '.join(RECIPES)}; its fields are the defaults of the other options"
+RecipeName = Annotated[str, arg(help=RECIPE_HELP, metavar="NAME")]
 
 
 # tyro draws a box around what a constructor raises. So it fills these, which check nothing; the configuration made of
@@ -63,8 +64,8 @@ class Prepare:
         info = prepare(DataConfig(**asdict(self.data)), self.out, overwrite=self.overwrite)
         for split in (info.train, info.validation):
             print(
-                f"{self.out / split.split}.bin: {split.stories:,} stories, {split.tokens:,} tokens of {split.tokenizer}, "
-                f"{split.bytes:,} bytes of text"
+                f"{self.out / split.split}.bin: {split.stories:,} stories, {split.tokens:,} tokens "
+                f"of {split.tokenizer}, {split.bytes:,} bytes of text"
             )
         return 0
 
@@ -176,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"storyllm {__version__}")
             return 0
         recipe = get_recipe(_recipe_name(arguments))
-        commands = {
+        commands: dict[str, Any] = {
             "prepare": Prepare(data=DataOptions(**asdict(recipe.data))),
             "train": Train(model=ModelOptions(**asdict(recipe.model)), train=TrainOptions(**asdict(recipe.train))),
             "tell": Tell(),
@@ -195,6 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"storyllm: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 def _recipe_name(arguments: list[str]) -> str:

@@ -75,13 +75,14 @@ def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
         reason = "as asked for"
     can_compile = capability >= (7, 0) and find_spec("triton") is not None
     compiled = can_compile if train.compile == "auto" else train.compile
-    micro_batch_size = train.micro_batch_size
-    if micro_batch_size == "auto":
+    if train.micro_batch_size == "auto":
         tokens = CPU_TOKENS
         if device.type == "cuda":
             tokens = torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_TOKEN
         windows = tokens * CHANNELS // (model.n_layer * model.n_embd) // model.block_size
         micro_batch_size = max(1, min(windows, train.batch_size * train.gradient_accumulation_steps))
+    else:
+        micro_batch_size = train.micro_batch_size
     why = (
         f"{name}, {str(dtype).removeprefix('torch.')} ({reason}), {micro_batch_size} windows at once, "
         f"{'compiled' if compiled else 'not compiled'}"

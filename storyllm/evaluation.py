@@ -45,8 +45,8 @@ def evaluate(teller: Storyteller, data: str | Path) -> Report:
     tokens = open_tokens(data)
     if tokens.info.tokenizer_hash != tokenizer_hash(teller.tokenizer):
         raise StoryLLMError(
-            f"{data} was made with the tokenizer {tokens.info.tokenizer} ({tokens.info.vocab_size} tokens), the model's "
-            f"is another, {teller.tokenizer.name} ({teller.tokenizer.n_vocab}): prepare the data with the model's"
+            f"{data} was made with the tokenizer {tokens.info.tokenizer} ({tokens.info.vocab_size} tokens), "
+            f"the model's is another, {teller.tokenizer.name} ({teller.tokenizer.n_vocab}): prepare the data with it"
         )
     if len(tokens.ids) < 2:
         raise StoryLLMError(f"{data} has {len(tokens.ids)} token, expected at least 2: prepare more stories")

@@ -29,11 +29,25 @@ class Storyteller:
         self.tokenizer = tokenizer
 
     @overload
-    def tell(self, prompt: str = ..., max_new_tokens: int = ..., temperature: float = ..., top_k: int | None = ...,
-             top_p: float | None = ..., seed: int | None = ...) -> str: ...  # fmt: skip
+    def tell(  # type: ignore[overload-overlap]  # a str is a sequence of str, too: the first that fits counts
+        self,
+        prompt: str = ...,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+    ) -> str: ...
     @overload
-    def tell(self, prompt: Sequence[str], max_new_tokens: int = ..., temperature: float = ..., top_k: int | None = ...,
-             top_p: float | None = ..., seed: int | None = ...) -> list[str]: ...  # fmt: skip
+    def tell(
+        self,
+        prompt: Sequence[str],
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+    ) -> list[str]: ...
     def tell(
         self,
         prompt: str | Sequence[str] = "",
@@ -102,8 +116,8 @@ class Storyteller:
         ends = [len(ids) + max_new_tokens for ids in rows]
         telling = set(range(len(rows)))
         new_ids = self.model.stream(idx, end - start, temperature, top_k, top_p, generator, forced=forced[start:])
-        for position, ids in enumerate(new_ids, start):
-            for row, token in enumerate(ids.tolist()):
+        for position, next_ids in enumerate(new_ids, start):
+            for row, token in enumerate(next_ids.tolist()):
                 if row not in telling or position < len(rows[row]):
                     continue
                 over = token == self.tokenizer.eot_token

@@ -107,9 +107,10 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": wte,
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -117,7 +118,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight  # weight tying (Press and Wolf 2017)
+        self.lm_head.weight = wte.weight  # weight tying (Press and Wolf 2017)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -147,7 +148,7 @@ class GPT(nn.Module):
         positions = torch.arange(start, start + T, device=idx.device)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
         x = self.transformer["drop"](x)
-        for layer, block in enumerate(self.transformer["h"]):
+        for layer, block in enumerate(self.transformer["h"].children()):
             if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer, use_reentrant=False)
             else:

@@ -45,6 +45,7 @@ def source_fingerprint(data: DataConfig) -> str:
         sample = "\n".join(builtin_stories(data.builtin_seed, "train", 100))
         return f"builtin:{hashlib.sha256(sample.encode()).hexdigest()}"
     if not os.path.exists(data.source):
+        _check_hub_name(data.source)
         return data.source
     files = {path for split in SPLITS for path in _local_files(data.source)[split]}
     try:
@@ -61,12 +62,16 @@ def _hold_out(stories: Iterable[str], split: str, fraction: float) -> Iterator[s
             yield story
 
 
-def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
-    if data.source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.source):
+def _check_hub_name(source: str) -> None:
+    if source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise StoryLLMError(
-            f"there is no file or folder {data.source!r}: name one that exists, a dataset on the hub as 'owner/name', "
+            f"there is no file or folder {source!r}: name one that exists, a dataset on the hub as 'owner/name', "
             "or 'builtin'"
         )
+
+
+def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
+    _check_hub_name(data.source)
     import datasets
 
     try:

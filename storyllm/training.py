@@ -1,7 +1,7 @@
 """The training step, seen whole, and the loop around it: schedule, evaluation, log, checkpoint, continuation.
 
-Nothing here depends on how often the run was cut: the windows of a batch and the dropout of an update are drawn from
-generators seeded by the recipe and the iteration, so the state of a run is its weights, its optimizer and a few numbers.
+Nothing here depends on how often the run was cut. The windows of a batch and the dropout of an update are drawn from
+generators seeded by recipe and iteration, so that the state of a run is its weights, its optimizer and a few numbers.
 """
 
 from __future__ import annotations

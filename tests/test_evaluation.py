@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import storyllm.evaluation
-from storyllm import GPT, DataConfig, GPTConfig, Storyteller, StoryLLMError, evaluate, prepare
+from storyllm import GPT, DataConfig, GPTConfig, StoryLLMError, Storyteller, evaluate, prepare
 from storyllm.evaluation import bits_per_byte
 from storyllm.tokens import open_tokens, read_tokenizer
 

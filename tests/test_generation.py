@@ -6,7 +6,7 @@ import pytest
 import tiktoken
 import torch
 
-from storyllm import GPT, GPTConfig, Storyteller, StoryLLMError
+from storyllm import GPT, GPTConfig, StoryLLMError, Storyteller
 from storyllm.tokens import read_tokenizer
 
 CONTEXT = 16
@@ -70,7 +70,7 @@ def test_a_story_stops_at_its_greatest_length(teller):
 
 
 def test_characters_of_several_tokens_come_whole(teller):
-    tokens = [byte for byte in "🐌é".encode()]
+    tokens = list("🐌é".encode())
     ids = [teller.tokenizer.encode_single_token(bytes([byte])) for byte in tokens]
     always(teller, *ids)
     assert list(teller.stream("x", max_new_tokens=len(ids))) == ["x", "🐌", "é"]

@@ -143,7 +143,9 @@ def test_the_run_learns_and_says_what_it_is(whole, tiny_data):
     assert [entry["iteration"] for entry in log.updates] == [4, 8, 12, 16, 20, 22]
     assert log.evaluations[0]["val_loss"] == pytest.approx(math.log(300), abs=0.3)
     assert log.evaluations[-1]["val_loss"] < log.evaluations[0]["val_loss"] - 0.5
-    assert [entry["learning_rate"] for entry in log.updates] == [lr_at(i - 1, TINY.train) for i in (4, 8, 12, 16, 20, 22)]
+    assert [entry["learning_rate"] for entry in log.updates] == [
+        lr_at(i - 1, TINY.train) for i in (4, 8, 12, 16, 20, 22)
+    ]
     info = json.loads((tiny_data / "validation.json").read_text())
     last = log.evaluations[-1]
     assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2) * info["tokens"] / info["bytes"])
