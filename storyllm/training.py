@@ -142,7 +142,9 @@ class _Run:
         self.log_bytes = 0  # length of the log when the state was saved
 
         saved = load_checkpoint(directory / LAST) if (directory / LAST).exists() else None
-        if saved is not None:
+        if saved is None:
+            self._check_nothing_is_lost()
+        else:
             self._check_same_run(saved)
             if self.config.micro_batch_size == "auto":
                 self.config = dataclasses.replace(self.config, micro_batch_size=saved["micro_batch_size"])
@@ -160,14 +162,15 @@ class _Run:
         rng = np.random.default_rng((EVALUATION, self.config.seed))
         windows = {split: self._windows(split, self.config.eval_windows, rng) for split in SPLITS}
         loss_of = self._loss_function()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if not (self.directory / LAST).exists():  # from here on the other files here are this run's
+            self._save(log_bytes=0)
         saved_at = started = time.monotonic()
         earlier_seconds = self.seconds
         with (
             tqdm(total=self.end, initial=self.iteration, bar_format=BAR, mininterval=0.5, file=sys.stdout) as bar,
             open(self.directory / LOG, "a", encoding="utf-8") as log,
         ):
-            log.truncate(self.log_bytes)  # what was written after the last saving happens again
+            log.truncate(min(self.log_bytes, log.tell()))  # what was written after the last saving happens again
             _write(log, {"event": "run", **self._description()})
             try:
                 while True:
@@ -183,11 +186,11 @@ class _Run:
                     self.seconds = earlier_seconds + time.monotonic() - started
                     _write(log, {"event": "update", "iteration": self.iteration, **entry, "seconds": self.seconds})
                     if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
-                        self._save(log)
+                        self._save(log.tell())
                         saved_at = time.monotonic()
             except KeyboardInterrupt:
                 bar.write(f"interrupted: {self.directory / LAST} keeps {self.iteration:,} iterations")
-            self._save(log)
+            self._save(log.tell())
 
     def _evaluation_points(self, next_iteration: int) -> list[int]:
         """The iterations at which the present weights are due for evaluation, up to the update that comes next.
@@ -220,7 +223,9 @@ class _Run:
             loss_of, micro_batches, self.optimizer, self.scaler, self.machine, self.config, learning_rate
         )
         train_loss, grad_norm = loss.item(), norm.item()
-        if not math.isfinite(train_loss):
+        # Where fp16 overflowed, the step was skipped and a lower scale comes next; a scale under 1 has not helped.
+        overflowed = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        if not math.isfinite(train_loss) and not overflowed:
             raise StoryLLMError(
                 f"the loss is {train_loss} at iteration {next_iteration}, learning rate {learning_rate:.2e}: "
                 f"lower train.learning_rate; {self.directory} keeps an earlier state"
@@ -228,9 +233,9 @@ class _Run:
         tokens_per_second = x.numel() / (time.monotonic() - started)
         bar.set_postfix_str(f"loss {train_loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:,.0f} tokens/s", False)
         return {
-            "train_loss": train_loss,
+            "train_loss": train_loss if math.isfinite(train_loss) else None,
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # fp16 may overflow: that step is skipped
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens_per_second": round(tokens_per_second, 1),
         }
 
@@ -274,7 +279,7 @@ class _Run:
         _write(log, entry)
         bar.write(f"iteration {point:>6,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}", sys.stdout)
 
-    def _save(self, log: TextIO) -> None:
+    def _save(self, log_bytes: int) -> None:
         save_checkpoint(
             self.directory / LAST,
             {
@@ -287,9 +292,18 @@ class _Run:
                 "best_val_loss": self.best_val_loss,
                 "micro_batch_size": self.machine.micro_batch_size,
                 "seconds": self.seconds,
-                "log_bytes": log.tell(),
+                "log_bytes": log_bytes,
             },
         )
+
+    def _check_nothing_is_lost(self) -> None:
+        """Raises StoryLLMError if a new run would write over the files of another."""
+        for name in (BEST, LOG):
+            if (self.directory / name).exists():
+                raise StoryLLMError(
+                    f"{self.directory} holds the {name} of a run whose {LAST} is not there: "
+                    "take another checkpoint folder, or move that file away"
+                )
 
     def _check_same_run(self, saved: dict[str, Any]) -> None:
         """Raises StoryLLMError unless the state in `checkpoint_dir` is of this recipe and this data."""

@@ -366,6 +366,23 @@ def test_a_damaged_or_foreign_state_is_refused_and_left_alone(whole, tiny_data, 
         train(TINY, tiny_data, tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["best_model_params.pt", "log.jsonl"])
+def test_files_of_a_run_without_its_state_are_not_written_over(whole, tiny_data, tmp_path, name):
+    shutil.copy(whole / name, tmp_path)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(StoryLLMError, match=f"holds the {name} of a run whose last.pt is not there"):
+        train(TINY, tiny_data, tmp_path)
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_lost_log_is_begun_again(whole, tiny_data, tmp_path):
+    train(TINY.override({"train.stop_at": 8}), tiny_data, tmp_path)
+    (tmp_path / "log.jsonl").unlink()
+    log = train(TINY, tiny_data, tmp_path)
+    assert [entry["iteration"] for entry in log.updates] == [12, 16, 20, 22]
+    assert weights(tmp_path) == weights(whole)
+
+
 def test_a_context_longer_than_the_data_is_refused(tiny_data, tmp_path):
     with pytest.raises(StoryLLMError, match="a window of 100000 needs 100001"):
         train(TINY.override({"model.block_size": 100_000}), tiny_data, tmp_path)

@@ -1,0 +1,103 @@
+"""How much memory and disk the faithful recipe takes, each figure in a process of its own.
+
+    python benchmarks/memory.py            # on the best device here
+    python benchmarks/memory.py --device cpu --repeats 3
+
+On a GPU the figure is the most that PyTorch had allocated on it; on a CPU it is the process's peak resident memory,
+PyTorch's own libraries included (the row "import" shows how much that is).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import tyro
+
+import storyllm
+from storyllm.checkpoint import model_contents, save_checkpoint
+from storyllm.device import choose_device, choose_machine
+from storyllm.optim import make_optimizer
+from storyllm.tokenizer import tokenizer_from_dict
+from storyllm.training import train_step
+
+RECIPE = storyllm.RECIPES["faithful"]
+
+
+def step(device: str, gradient_checkpointing: bool) -> None:
+    """Two micro-batches of the size that "auto" takes here, and an update."""
+    config = dataclasses.replace(RECIPE.train, device=device)
+    machine = choose_machine(config, RECIPE.model)
+    model = storyllm.GPT(dataclasses.replace(RECIPE.model, gradient_checkpointing=gradient_checkpointing))
+    model.to(machine.device).train()
+    optimizer = make_optimizer(model, config)
+    shape = (2, machine.micro_batch_size, RECIPE.model.block_size)
+    x, y = torch.randint(RECIPE.model.vocab_size, (2, *shape), device=machine.device)
+    train_step(
+        model.loss, zip(x, y, strict=True), optimizer, machine.grad_scaler(), machine, config, config.learning_rate
+    )
+
+
+def tell(device: str) -> None:
+    """Two hundred tokens from a model of the recipe's shape, on random ids."""
+    model = storyllm.GPT(RECIPE.model).to(choose_device(device)).eval()
+    model.generate(torch.zeros(1, 1, dtype=torch.long, device=choose_device(device)), 200)
+
+
+TASKS = {
+    "import": lambda device: choose_device(device),
+    "tell": tell,
+    "train": lambda device: step(device, gradient_checkpointing=False),
+    "train, gradient_checkpointing": lambda device: step(device, gradient_checkpointing=True),
+}
+
+
+def files() -> None:
+    """Sizes of what a run keeps on disk; the vocabulary in them is a stand-in of bytes, GPT-2's takes 0.5 MB."""
+    model = storyllm.GPT(RECIPE.model)
+    tokenizer = tokenizer_from_dict(byte_vocabulary())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "best_model_params.pt"
+        save_checkpoint(path, model_contents(model, tokenizer, RECIPE))
+        best = path.stat().st_size
+        optimizer = make_optimizer(model, RECIPE.train)
+        model.loss(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)).backward()
+        optimizer.step()
+        contents = {**model_contents(model, tokenizer, RECIPE), "optimizer": optimizer.state_dict()}
+        save_checkpoint(path, contents)
+        print(f"best_model_params.pt {best / 1e6:>8,.0f} MB\nlast.pt {path.stat().st_size / 1e6:>21,.0f} MB")
+
+
+def byte_vocabulary() -> dict[str, str]:
+    import base64
+
+    return {"name": "bytes", "tokens": " ".join(base64.b64encode(bytes([b])).decode() for b in range(256))}
+
+
+def main(device: str = "auto", repeats: int = 3, task: str | None = None) -> None:
+    """Prints the median of `repeats` processes for each task (or does one `task` and prints its figure in MB)."""
+    if task is not None:
+        TASKS[task](device)
+        if choose_device(device).type == "cuda":
+            print(torch.cuda.max_memory_allocated() / 1e6)
+        else:
+            scale = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6)
+        return
+    machine = choose_machine(dataclasses.replace(RECIPE.train, device=device), RECIPE.model)
+    print(f"{machine.why}, torch {torch.__version__}, medians of {repeats}")
+    for name in TASKS:
+        command = [sys.executable, __file__, "--device", device, "--task", name]
+        figures = [float(subprocess.check_output(command)) for _ in range(repeats)]
+        print(f"{name:<30} {statistics.median(figures):>8,.0f} MB")
+    files()
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
