@@ -62,11 +62,11 @@ def _works(name: str) -> bool:
 def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
     """Fills in every "auto" of `train` for the machine at hand, and takes what it names."""
     device = choose_device(train.device)
-    name, reason = "CPU", "the one for CPUs"
+    name, reason = "CPU", "fp16 and bf16 are for GPUs"
     best = torch.float32
     capability = (0, 0)
     if device.type == "mps":
-        name, reason = "Apple GPU (MPS)", "the one that works there"
+        name, reason = "Apple GPU (MPS)", "fp16 and bf16 are for CUDA"
     elif device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         best, reason = auto_dtype(capability)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -68,9 +68,12 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
     paths = {split: out_dir / f"{split}.bin" for split in SPLITS}
     done = {split: _complete(path, request) for split, path in paths.items()}
     for split, path in paths.items():
-        if path.exists() and not done[split] and not overwrite:
+        other = [path] if path.exists() and not done[split] else _foreign(path.with_suffix(".json"), read_info)
+        if not any(done.values()):  # else a damaged vocabulary is this data's, and is made again
+            other = other or _foreign(out_dir / VOCABULARY, lambda path: read_tokenizer(path.parent))
+        if other and not overwrite:
             raise StoryLLMError(
-                f"{path} holds other data (another source, tokenizer or setting): take another folder (--out), "
+                f"{other[0]} holds other data (another source, tokenizer or setting): take another folder (--out), "
                 "or pass overwrite=True (--overwrite) to replace it"
             )
     try:
@@ -97,6 +100,16 @@ def _complete(path: Path, request: dict[str, Any]) -> TokenInfo | None:
         return None
     whole = path.exists() and path.stat().st_size == info.tokens * TOKEN_DTYPE.itemsize
     return info if whole and info.request == request else None
+
+
+def _foreign(path: Path, read: Callable[[Path], object]) -> list[Path]:
+    """[path] if there is a file of that name which is not one of ours."""
+    try:
+        if path.exists():
+            read(path)
+    except StoryLLMError:
+        return [path]
+    return []
 
 
 def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) -> tiktoken.Encoding:

@@ -43,7 +43,9 @@ def executed(tmp_path_factory):
             "train.device": "cpu",
         },
     }
-    return nbformat.read(run_notebook(NOTEBOOK, folder / "run", parameters), as_version=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # for a model this small, a second thread costs more than it brings
+        return nbformat.read(run_notebook(NOTEBOOK, folder / "run", parameters), as_version=4)
 
 
 def test_it_runs_top_to_bottom(executed):

@@ -28,9 +28,10 @@ CONFIGS = {
 
 def make_log(iterations: int, every: int, recipe: str = "demo") -> Log:
     """A run's log with an update at every iteration, and an evaluation at 0 and every so often."""
+    settings = RECIPES[recipe].override({"train.max_iters": 1_000}).to_dict()
     losses = [2 + 5 / (1 + i / 20) for i in range(iterations + 1)]
     return Log(
-        run={"event": "run", "recipe": RECIPES[recipe].to_dict(), "device": "a quick brown fox, bfloat16"},
+        run={"event": "run", "recipe": settings, "device": "a quick brown fox, bfloat16"},
         updates=[
             {"iteration": i, "train_loss": losses[i] + 0.1 * (i % 3), "learning_rate": 1e-3 / i, "seconds": 0.3 * i}
             for i in range(1, iterations + 1)

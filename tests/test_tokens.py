@@ -676,3 +676,19 @@ def test_sequential_windows_of_a_mapped_file(tiny_data: Path) -> None:
     ids = open_tokens(tiny_data / "validation.bin").ids
     targets = np.concatenate([y.ravel() for _, y in sequential_windows(ids, 128, 4)])
     assert np.array_equal(targets, ids[1:])
+
+
+def test_the_real_sample_has_the_tokens_that_were_counted_elsewhere(sample_stories, gpt2_cache, tmp_path):
+    info = prepare(DataConfig(source=str(sample_stories)), tmp_path)
+    assert (info.train.stories, info.train.tokens) == (21_228, 4_406_869)
+    assert (info.validation.stories, info.validation.tokens) == (1_500, 297_543)
+
+
+@pytest.mark.parametrize("name", ["train.json", "validation.json", "vocabulary.json", "train.bin"])
+def test_a_file_of_somebody_elses_is_never_written_over(name, tmp_path):
+    (tmp_path / name).write_text('{"mine": "a list of trains"}')
+    data = DataConfig(source="builtin", tokenizer="bpe:300", builtin_stories=20)
+    with pytest.raises(StoryLLMError, match=f"{name} holds other data .*--overwrite"):
+        prepare(data, tmp_path)
+    assert (tmp_path / name).read_text() == '{"mine": "a list of trains"}'
+    assert prepare(data, tmp_path, overwrite=True).train.stories == 20
