@@ -27,9 +27,16 @@ def model_contents(model: GPT, tokenizer: tiktoken.Encoding, recipe: Recipe) -> 
 
 
 def save_checkpoint(path: str | Path, contents: dict[str, Any]) -> None:
-    """Writes `contents` (tensors and plain values) to `path`; an earlier file stays until the new one is whole."""
-    with atomic_write(Path(path)) as file:
-        torch.save(contents, file)
+    """Writes `contents` (tensors and plain values) to `path`; an earlier file stays until the new one is whole.
+
+    Raises StoryLLMError where the file cannot be written, as on a full disk.
+    """
+    try:
+        with atomic_write(Path(path)) as file:
+            torch.save(contents, file)
+    except (OSError, RuntimeError) as error:  # PyTorch's own writer raises the latter
+        reason = " ".join(str(error).split())[:100]
+        raise StoryLLMError(f"{path} cannot be written ({reason}): make room; an earlier one is as it was") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,7 +110,7 @@ class Tell:
     temperature: float = 1.0  # 0: always the likeliest token; 1: as the model has it; more: wilder
     top_k: int | None = None  # choose among the k likeliest tokens only
     top_p: float | None = None  # choose among the likeliest tokens that hold this probability together
-    seed: int | None = None  # the same story each time
+    seed: int | None = None  # a number that makes the story repeatable; None: another each time
     num_stories: int = 1  # how many stories, told at once
     device: str = "auto"  # auto, cuda, mps or cpu
 
@@ -171,6 +173,8 @@ Each command has its own --help. Exit codes: 0 all went well, 2 bad input, 130 i
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code. Bad input is one line on the error stream and code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character; a story goes on without it
     warnings.showwarning = lambda message, *_: print(f"storyllm: {message}", file=sys.stderr)
     try:
         if arguments == ["--version"]:
@@ -193,19 +197,20 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("storyllm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # whoever read the output has gone: a story is told enough, a training is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 130 if arguments[:1] == ["train"] else 0
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"storyllm: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
 
 
 def _recipe_name(arguments: list[str]) -> str:
-    """The value of --recipe, needed before the other options because it gives them their defaults."""
-    for position, argument in enumerate(arguments):
-        if argument == "--recipe" and position + 1 < len(arguments):
-            return arguments[position + 1]
-        if argument.startswith("--recipe="):
-            return argument.removeprefix("--recipe=")
-    return "faithful"
+    """The last value of --recipe, needed before the other options because it gives them their defaults."""
+    name = "faithful"
+    for argument, following in pairwise([*arguments, ""]):
+        if argument == "--recipe":
+            name = following
+        elif argument.startswith("--recipe="):
+            name = argument.removeprefix("--recipe=")
+    return name

@@ -25,17 +25,24 @@ def _check_types(config: Any) -> None:
         value = getattr(config, name)
         options = [hint] if get_origin(hint) is Literal or not get_args(hint) else list(get_args(hint))
         if float in options and type(value) is int and abs(value) < 2**53:
-            object.__setattr__(config, name, float(value))
-        elif not any(
-            type(value) is str and value in get_args(option) if get_origin(option) is Literal else type(value) is option
-            for option in options
-        ):
-            expected = [
-                " or ".join(map(repr, get_args(option))) if get_origin(option) is Literal else option.__name__
-                for option in options
-            ]
+            object.__setattr__(config, name, float(value))  # the one way to change a frozen field
+        elif not any(_fits(value, option) for option in options):
+            expected = " or ".join(map(_written, options))
             got = " ".join(repr(value).split())  # a tensor's repr has several lines
-            raise StoryLLMError(f"{name} is {got}, expected {' or '.join(expected).replace('NoneType', 'None')}")
+            raise StoryLLMError(f"{name} is {got}, expected {expected}")
+
+
+def _fits(value: Any, option: Any) -> bool:
+    """Is `value` of the type `option`, or one of the words of a Literal?"""
+    if get_origin(option) is Literal:
+        return type(value) is str and value in get_args(option)
+    return type(value) is option
+
+
+def _written(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return " or ".join(map(repr, get_args(option)))
+    return "None" if option is type(None) else option.__name__
 
 
 def _check_range(config: Any, low: float, *names: str, above: bool = False, high: float = math.inf) -> None:
@@ -109,12 +116,12 @@ class TrainConfig:
     """How the model learns. Everything is counted in iterations: one batch of `batch_size` windows each."""
 
     max_iters: int = 20_000  # iterations of the whole schedule
-    stop_at: int | None = None  # leave at this iteration already, the schedule untouched
+    stop_at: int | None = None  # stop at this iteration; the schedule stays that of max_iters
     batch_size: int = 32  # windows in an iteration
     gradient_accumulation_steps: int = 32  # iterations in an optimizer update
     micro_batch_size: int | Literal["auto"] = "auto"  # windows that go through the device at once
     learning_rate: float = 1e-4  # rate at the end of the warm-up
-    min_lr: float = 5e-4  # rate at the end of the cosine ("minimum" in name only where it lies above)
+    min_lr: float = 5e-4  # rate at the end of the cosine; in faithful it lies above learning_rate, and the rate rises
     warmup_iters: int = 1_000  # iterations of linear warm-up
     warmup_start: float = 1 / 3  # where the warm-up starts, as a share of learning_rate
     weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
@@ -123,7 +130,7 @@ class TrainConfig:
     grad_clip: float = 0.5  # largest norm of the gradient; 0: no limit
     eval_interval: int = 500  # iterations between evaluations
     eval_windows: int = 1_024  # windows of each split that an evaluation reads, the same every time
-    checkpoint_minutes: float = 2.0  # minutes between two savings of the full state
+    checkpoint_minutes: float = 2.0  # minutes between two savings of last.pt
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or what torch.device takes
     compile: bool | Literal["auto"] = "auto"  # torch.compile; "auto": on a CUDA GPU that supports it
@@ -202,11 +209,10 @@ RECIPES: dict[str, Recipe] = {
             learning_rate=3e-3,
             min_lr=1e-4,
             warmup_iters=50,
-            warmup_start=0.0,
             beta2=0.99,
             grad_clip=1.0,
-            eval_interval=200,
-            eval_windows=64,
+            eval_interval=100,
+            eval_windows=32,
         ),
     ),
     # The specification's future: longer contexts with the same tokens an iteration, and GPT-2's own size.

@@ -11,8 +11,8 @@ import torch
 
 from .config import GPTConfig, StoryLLMError, TrainConfig
 
-# What "auto" takes for micro_batch_size: this many tokens go through a CPU at once, and one for each of so many bytes
-# of a GPU's memory, for a model of the specification's 6 x 384 channels; a larger one gets fewer in proportion.
+# What "auto" takes for micro_batch_size. A CPU gets CPU_TOKENS tokens at once, a GPU one token for each
+# GPU_BYTES_PER_TOKEN of its memory; a model of more than 6 x 384 channels gets fewer in proportion.
 CPU_TOKENS = 1_024
 GPU_BYTES_PER_TOKEN = 1 << 20
 CHANNELS = 6 * 384
@@ -55,24 +55,30 @@ def _works(name: str) -> bool:
         return False
     try:
         return bool((torch.ones(2, device=name) + 1).sum() == 4)
-    except (RuntimeError, AssertionError, NotImplementedError):  # unknown, not built in, or not there
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+        ImportError,
+        TypeError,
+    ):  # unknown, not built in, or not there
         return False
 
 
 def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
     """Fills in every "auto" of `train` for the machine at hand, and takes what it names."""
     device = choose_device(train.device)
-    name, reason = "CPU", "fp16 and bf16 are for GPUs"
+    name, reason = "CPU", ""
     best = torch.float32
     capability = (0, 0)
     if device.type == "mps":
-        name, reason = "Apple GPU (MPS)", "fp16 and bf16 are for CUDA"
+        name, reason = "Apple GPU (MPS)", ""
     elif device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         best, reason = auto_dtype(capability)
     dtype = best if train.dtype == "auto" else getattr(torch, train.dtype)
     if train.dtype != "auto":
-        reason = "as asked for"
+        reason = " (as asked for)"
     can_compile = capability >= (7, 0) and find_spec("triton") is not None
     compiled = can_compile if train.compile == "auto" else train.compile
     if train.micro_batch_size == "auto":
@@ -84,7 +90,7 @@ def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
     else:
         micro_batch_size = train.micro_batch_size
     why = (
-        f"{name}, {str(dtype).removeprefix('torch.')} ({reason}), {micro_batch_size} windows at once, "
+        f"{name}, {str(dtype).removeprefix('torch.')}{reason}, {micro_batch_size} windows at once, "
         f"{'compiled' if compiled else 'not compiled'}"
     )
     return Machine(device, dtype, compiled, micro_batch_size, why)
@@ -98,5 +104,5 @@ def auto_dtype(capability: tuple[int, int]) -> tuple[torch.dtype, str]:
     """
     written = ".".join(map(str, capability))
     if capability >= (8, 0):
-        return torch.bfloat16, f"compute capability {written}"
-    return torch.float16, f"compute capability {written}, bf16 needs 8.0"
+        return torch.bfloat16, f" (compute capability {written})"
+    return torch.float16, f" (compute capability {written}, bf16 needs 8.0)"

@@ -42,6 +42,10 @@ def evaluate(teller: Storyteller, data: str | Path) -> Report:
     Windows of the model's context do not overlap; each token is predicted from those before it in its window.
     Raises StoryLLMError if the data was made with another tokenizer than the model's.
     """
+    if not isinstance(teller, Storyteller):
+        raise StoryLLMError(
+            f"evaluate was given a {type(teller).__name__}, expected a Storyteller: storyllm.load(path)"
+        )
     tokens = open_tokens(data)
     if tokens.info.tokenizer_hash != tokenizer_hash(teller.tokenizer):
         raise StoryLLMError(
@@ -62,7 +66,7 @@ def evaluate(teller: Storyteller, data: str | Path) -> Report:
     loss_per_token = nats / predicted
     return Report(
         loss=loss_per_token,
-        perplexity=math.exp(loss_per_token),
+        perplexity=math.exp(loss_per_token) if loss_per_token < 700 else math.inf,
         bits_per_byte=bits_per_byte(loss_per_token, predicted, tokens.info.bytes),
         tokens=predicted,
         bytes=tokens.info.bytes,

@@ -15,6 +15,7 @@ from .checkpoint import load_checkpoint, restore_model
 from .config import StoryLLMError
 from .device import choose_device
 from .model import GPT
+from .sampling import check_sampling
 
 
 class Storyteller:
@@ -63,6 +64,8 @@ class Storyteller:
         `seed` makes it repeatable on the same machine; temperature, top_k, top_p: see `next_token_probs`.
         Raises StoryLLMError for a value out of range. Warns where a prompt is longer than the context.
         """
+        if not isinstance(prompt, (str, list, tuple)):
+            raise StoryLLMError(f"prompt is {type(prompt).__name__}, expected text or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         stories = list(prompts)
         for row, piece in self._pieces(prompts, max_new_tokens, temperature, top_k, top_p, seed):
@@ -79,6 +82,7 @@ class Storyteller:
         seed: int | None = None,
     ) -> Iterator[str]:
         """The same story as `tell`, piece by piece as it is made: first the prompt, then a token's text at a time."""
+        _check_telling([prompt], max_new_tokens, temperature, top_k, top_p, seed)
         if prompt:
             yield prompt
         for _, piece in self._pieces([prompt], max_new_tokens, temperature, top_k, top_p, seed):
@@ -94,8 +98,7 @@ class Storyteller:
         seed: int | None,
     ) -> Iterator[tuple[int, str]]:
         """(row, text) as the stories grow; rows of several prompts advance together, a token each."""
-        if type(max_new_tokens) is not int or max_new_tokens < 0:
-            raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, expected a whole number of at least 0")
+        _check_telling(prompts, max_new_tokens, temperature, top_k, top_p, seed)
         if not prompts:
             return
         device = self.model.lm_head.weight.device
@@ -138,6 +141,25 @@ class Storyteller:
                 f"prompt has {len(ids)} tokens, the context is {context}: it is cut to its last {context}", stacklevel=4
             )
         return ids[-context:]
+
+
+def _check_telling(
+    prompts: list[str],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+) -> None:
+    """Raises StoryLLMError for what no story can be told with, before the first word of it is out."""
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise StoryLLMError(f"a prompt is {type(prompt).__name__}, expected text")
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, expected a whole number of at least 0")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise StoryLLMError(f"seed is {seed!r}, expected a whole number from 0 to 2**63 - 1, or None")
+    check_sampling(temperature, top_k, top_p)
 
 
 def load(path: str | Path, device: str = "auto") -> Storyteller:

@@ -62,7 +62,7 @@ class CausalSelfAttention(nn.Module):
         """softmax(q kT / sqrt(D)) v, where the last T of S keys belong to the T queries and none looks ahead."""
         T, S = q.size(2), k.size(2)
         dropout = self.config.dropout if self.training else 0.0
-        if self.config.flash_attention and T == S:  # said in one word, so that PyTorch can take its fastest kernel
+        if self.config.flash_attention and T == S:  # is_causal instead of a mask lets PyTorch take its fastest kernel
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # may query t see key s?
         if self.config.flash_attention:
@@ -106,6 +106,8 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        if not isinstance(config, GPTConfig):
+            raise StoryLLMError(f"GPT was given a {type(config).__name__}, expected a GPTConfig: pass recipe.model")
         self.config = config
         wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(

@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over the model's parameters, wherever they are; `fused` is one pass each."""
+    """AdamW (Loshchilov and Hutter 2019) over the model's parameters; fused into one kernel, but not on MPS."""
     groups = parameter_groups(model, config.weight_decay)
     on_mps = next(model.parameters()).device.type == "mps"
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=not on_mps)

@@ -12,11 +12,11 @@ from .config import StoryLLMError
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises StoryLLMError unless the three make sense together or alone."""
-    if not 0 <= temperature < math.inf:
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
         raise StoryLLMError(f"temperature is {temperature}, expected 0 (greedy) or more; 1.0 is the model's own")
     if top_k is not None and (type(top_k) is not int or top_k < 1):
         raise StoryLLMError(f"top_k is {top_k}, expected a whole number of at least 1, or None for all tokens")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and (not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
         raise StoryLLMError(f"top_p is {top_p}, expected a share over 0 and at most 1, or None for all tokens")
 
 

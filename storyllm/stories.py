@@ -63,7 +63,7 @@ def _hold_out(stories: Iterable[str], split: str, fraction: float) -> Iterator[s
 
 
 def _check_hub_name(source: str) -> None:
-    if source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+    if source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise StoryLLMError(
             f"there is no file or folder {source!r}: name one that exists, a dataset on the hub as 'owner/name', "
             "or 'builtin'"
@@ -97,10 +97,16 @@ def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
     return _checked(stories if own_split else _hold_out(stories, split, data.validation_fraction), data.source)
 
 
+def _files_below(folder: Path) -> list[Path]:
+    """The story files in a folder and its subfolders, in order (hidden ones, as Jupyter makes, aside)."""
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and path.is_file())
+    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
 def _local_files(source: str) -> dict[str, list[Path]]:
     """The files of each split, by name: "train" or "valid" in it. Without a pair, every file serves both."""
     path = Path(source)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+    files = [path] if path.is_file() else _files_below(path)
     if not files or files[0].suffix not in SUFFIXES:
         found = f"{source} is a {path.suffix or 'nameless'} file" if path.is_file() else f"{source} holds no stories"
         raise StoryLLMError(f"{found}, expected {', '.join(SUFFIXES)}: convert it, or name another source")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .config import DataConfig, StoryLLMError
 from .files import atomic_write, write_json
 from .stories import SPLITS, read_stories, source_fingerprint
-from .tokenizer import gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
+from .tokenizer import END_OF_TEXT, gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
 
 VOCABULARY = "vocabulary.json"
 TOKEN_DTYPE = np.dtype("<u2")
@@ -62,6 +62,8 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
     what was cut off half way is made again. Raises StoryLLMError where the folder holds other data, unless
     `overwrite`, and for a source or tokenizer that cannot be had.
     """
+    if not isinstance(data, DataConfig):
+        raise StoryLLMError(f"prepare was given a {type(data).__name__}, expected a DataConfig: pass recipe.data")
     out_dir = Path(out_dir)
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name != "source"}
     request = {**settings, "fingerprint": source_fingerprint(data)}
@@ -81,15 +83,13 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
     except OSError as error:
         raise StoryLLMError(f"cannot make the folder {out_dir} ({error.strerror}): take another (--out)") from error
     tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
-    wanted = tokenizer_hash(tokenizer)  # differs only where vocabulary.json was lost and made anew
-    return PreparedData(
-        **{
-            split: info
-            if (info := done[split]) and info.tokenizer_hash == wanted
-            else _write_split(data, split, tokenizer, path, request)
-            for split, path in paths.items()
-        }
-    )
+    infos = {}
+    for split, path in reversed(paths.items()):  # validation first: it is where too few stories show
+        info = done[split]
+        if info is None or info.tokenizer_hash != tokenizer_hash(tokenizer):  # as where vocabulary.json was lost
+            info = _write_split(data, split, tokenizer, path, request)
+        infos[split] = info
+    return PreparedData(**infos)
 
 
 def _complete(path: Path, request: dict[str, Any]) -> TokenInfo | None:
@@ -145,7 +145,10 @@ def _write_split(
             counts["tokens"] += len(ids)
             counts["bytes"] += sum(len(story.encode()) for story in batch)
         if not counts["stories"]:
-            raise StoryLLMError(f"{data.source} has no {split} stories: take another source or validation_fraction")
+            raise StoryLLMError(
+                f"{data.source} leaves no {split} stories: add some (in a .txt, a line of {END_OF_TEXT} "
+                f"stands between two), or hold out more than {data.validation_fraction:g} (validation_fraction)"
+            )
         info = TokenInfo(
             split=split,
             source=data.source,

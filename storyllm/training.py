@@ -34,7 +34,7 @@ from .model import GPT
 from .optim import lr_at, make_optimizer
 from .stories import SPLITS
 from .tokenizer import tokenizer_hash
-from .tokens import Tokens, open_tokens, random_windows, read_tokenizer
+from .tokens import TokenInfo, Tokens, open_tokens, random_windows, read_tokenizer
 
 BEST = "best_model_params.pt"
 LAST = "last.pt"
@@ -64,9 +64,9 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One update: gradients of all the micro-batches, clipped, and a step of the optimizer.
 
-    `micro_batches` are (windows, T) inputs and targets that make up an update together, in pieces of any size: each
-    window weighs the same. Returns the mean loss in nats per token and the norm of the gradient before clipping, both
-    scalars on the device.
+    `micro_batches` are (windows, T) inputs and targets that make up an update together, in pieces of any size. Each
+    window weighs the same, its share of a whole update, even where fewer windows are left at the end. Returns the mean
+    loss in nats per token and the norm of the gradient before clipping, both scalars on the device.
     """
     windows_in_update = config.batch_size * config.gradient_accumulation_steps
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -91,11 +91,14 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
     """Trains a model by `recipe` on the data that `prepare` made, and returns the log of the whole run.
 
     Writes `best_model_params.pt` (the lowest validation loss), `last.pt` (everything) and `log.jsonl` into
-    `checkpoint_dir`. If they are there, the run continues, to the same losses as if it had never been cut. Ctrl-C, or a
-    notebook's stop button, saves and returns; the log's `interrupted` says so.
+    `checkpoint_dir`. If they are there, the run continues, to the same losses as if it had never been cut (on a CPU to
+    the bit). Ctrl-C, or a notebook's stop button, saves and returns; the log's `interrupted` says so.
 
-    Raises StoryLLMError for missing or foreign data, for checkpoints of another run, and for a loss that is not finite.
+    Raises StoryLLMError for data that is missing or does not fit, for checkpoints of another run, and for a loss that
+    is not finite.
     """
+    if not isinstance(recipe, Recipe):
+        raise StoryLLMError(f"train was given a {type(recipe).__name__}, expected a Recipe: storyllm.RECIPES[name]")
     data_dir, checkpoint_dir = Path(data_dir), Path(checkpoint_dir)
     data = {split: open_tokens(data_dir / f"{split}.bin") for split in SPLITS}
     tokenizer = read_tokenizer(data_dir)
@@ -105,7 +108,10 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
     with torch.random.fork_rng(), Interrupt() as interrupt:
         run = _Run(recipe, data, tokenizer, checkpoint_dir, interrupt)
         if run.evaluated >= run.end:
-            print(f"finished already: {checkpoint_dir} holds {run.evaluated:,} iterations of {run.end:,}")
+            print(
+                f"finished already: {checkpoint_dir} holds {run.evaluated:,} iterations of {run.end:,}; "
+                "raise max_iters to go on, or take another checkpoint folder to begin anew"
+            )
         else:
             run.go()
     return dataclasses.replace(read_log(checkpoint_dir / LOG), interrupted=interrupt.requested)
@@ -123,10 +129,9 @@ class _Run:
         interrupt: Interrupt,
     ) -> None:
         info = data["train"].info
-        request = {name: value for name, value in info.request.items() if name != "fingerprint"}
         self.recipe = Recipe(
             model=dataclasses.replace(recipe.model, vocab_size=info.vocab_size),
-            data=DataConfig(source=info.source, **request),
+            data=_data_config(info),
             train=recipe.train,
         )
         self.config = recipe.train
@@ -145,7 +150,10 @@ class _Run:
         if saved is None:
             self._check_nothing_is_lost()
         else:
-            self._check_same_run(saved)
+            try:
+                self._check_same_run(saved)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise StoryLLMError(f"{directory / LAST} is damaged: take another checkpoint folder") from error
             if self.config.micro_batch_size == "auto":
                 self.config = dataclasses.replace(self.config, micro_batch_size=saved["micro_batch_size"])
         self.machine = choose_machine(self.config, self.recipe.model)
@@ -188,6 +196,9 @@ class _Run:
                     if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
                         self._save(log.tell())
                         saved_at = time.monotonic()
+            except BrokenPipeError:  # nobody reads what is printed any more
+                self._save(log.tell())
+                raise
             except KeyboardInterrupt:
                 bar.write(f"interrupted: {self.directory / LAST} keeps {self.iteration:,} iterations")
             self._save(log.tell())
@@ -204,7 +215,13 @@ class _Run:
         return sorted(point for point in points if first <= point < next_iteration)
 
     def _windows(self, split: str, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        x, y = random_windows(self.data[split].ids, self.recipe.model.block_size, count, rng)
+        block_size, tokens = self.recipe.model.block_size, self.data[split]
+        if len(tokens.ids) <= block_size:
+            raise StoryLLMError(
+                f"{tokens.path} has {len(tokens.ids)} tokens, a window of {block_size} needs {block_size + 1}: "
+                "prepare more stories (or hold out more of them), or lower model.block_size"
+            )
+        x, y = random_windows(tokens.ids, block_size, count, rng)
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def _update(self, next_iteration: int, loss_of: LossFunction, bar: tqdm) -> dict[str, float | None]:
@@ -225,11 +242,8 @@ class _Run:
         train_loss, grad_norm = loss.item(), norm.item()
         # Where fp16 overflowed, the step was skipped and a lower scale comes next; a scale under 1 has not helped.
         overflowed = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not math.isfinite(train_loss) and not overflowed:
-            raise StoryLLMError(
-                f"the loss is {train_loss} at iteration {next_iteration}, learning rate {learning_rate:.2e}: "
-                f"lower train.learning_rate; {self.directory} keeps an earlier state"
-            )
+        if not overflowed:
+            self._check_finite(train_loss, next_iteration)
         tokens_per_second = x.numel() / (time.monotonic() - started)
         bar.set_postfix_str(f"loss {train_loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:,.0f} tokens/s", False)
         return {
@@ -261,6 +275,7 @@ class _Run:
         train_loss, val_loss = (
             mean_loss(loss_of, self._micro_batches(*windows[split]), self.machine) for split in SPLITS
         )
+        self._check_finite(train_loss + val_loss, point)
         info = self.data["validation"].info
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
@@ -278,6 +293,13 @@ class _Run:
         }
         _write(log, entry)
         bar.write(f"iteration {point:>6,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}", sys.stdout)
+
+    def _check_finite(self, loss: float, iteration: int) -> None:
+        if not math.isfinite(loss):
+            raise StoryLLMError(
+                f"the loss is {loss} at iteration {iteration}, learning rate {lr_at(iteration, self.config):.2e}: "
+                f"lower train.learning_rate and take another checkpoint folder; {self.directory} keeps an earlier state"
+            )
 
     def _save(self, log_bytes: int) -> None:
         save_checkpoint(
@@ -320,13 +342,15 @@ class _Run:
             if name not in FREE_FIELDS and before[part].get(name) != value
         ]
         if changed:
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             raise StoryLLMError(
-                f"{where} belongs to another recipe ({'; '.join(changed)}): take another checkpoint folder, "
-                "or the old values to continue"
+                f"{where} belongs to another recipe ({'; '.join(changed[:4])}{more}): take another checkpoint folder, "
+                "or the old recipe to continue"
             )
         if saved["iteration"] > self.config.max_iters:
             raise StoryLLMError(
-                f"{where} has {saved['iteration']} iterations, max_iters is {self.config.max_iters}: raise it"
+                f"{where} has {saved['iteration']} iterations, max_iters is {self.config.max_iters}: raise it, "
+                "or take another checkpoint folder to begin anew"
             )
         if self.config.max_iters != before["train"]["max_iters"]:
             print(
@@ -341,7 +365,7 @@ class _Run:
                 self.scaler.load_state_dict(saved["scaler"])
             for name in ("iteration", "evaluated", "best_val_loss", "seconds", "log_bytes"):
                 setattr(self, name, saved[name])
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise StoryLLMError(
                 f"{self.directory / LAST} does not fit this model ({' '.join(str(error).split())[:120]}): "
                 "take another checkpoint folder"
@@ -382,6 +406,15 @@ class _Run:
             "git_revision": _git_revision(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+
+
+def _data_config(info: TokenInfo) -> DataConfig:
+    """The settings that the data was prepared with. Raises StoryLLMError if the `.json` holds something else."""
+    try:
+        settings = {name: value for name, value in dict(info.request).items() if name != "fingerprint"}
+        return DataConfig(source=info.source, **settings)
+    except (TypeError, ValueError) as error:
+        raise StoryLLMError("the data's .json is damaged or not StoryLLM's: prepare the data again") from error
 
 
 def _seed_of(*numbers: int) -> int:

@@ -462,7 +462,7 @@ def test_hub_gives_the_stories_verbatim(hub: Callable[..., list[str]]) -> None:
 def test_hub_without_a_validation_split(hub: Callable[..., list[str]], splits: list[str]) -> None:
     everything = [str(i) for i in range(200)]
     hub(**{split: everything if split != "test" else ["neither"] for split in splits})
-    found = both("stories", validation_fraction=0.1)
+    found = both("somebody/stories", validation_fraction=0.1)
     assert len(found["validation"]) == 20
     assert sorted(found["train"] + found["validation"], key=int) == everything
 
