@@ -15,6 +15,11 @@ from .tokenizer import tokenizer_from_dict, tokenizer_to_dict
 
 FORMAT = "storyllm 1"
 
+# Fields that may change when a run continues: they say how long and where, not what is learned.
+FREE_FIELDS = frozenset(
+    {"max_iters", "stop_at", "micro_batch_size", "checkpoint_minutes", "dtype", "device", "compile"}
+)
+
 
 def model_contents(model: GPT, tokenizer: tiktoken.Encoding, recipe: Recipe) -> dict[str, Any]:
     """What a model needs to be loaded alone, anywhere: weights, configuration and the whole vocabulary."""
@@ -79,3 +84,35 @@ def empty_model(config: GPTConfig) -> GPT:
     """A GPT whose weights are about to be loaded: making it leaves the global random generator as it was."""
     with torch.random.fork_rng(devices=[]):
         return GPT(config)
+
+
+def check_same_run(saved: dict[str, Any], recipe: Recipe, data_sha256: str, where: Path) -> None:
+    """Raises StoryLLMError, naming the file `where`, unless `saved` is the state of a run of this recipe and data."""
+    if "optimizer" not in saved:
+        raise StoryLLMError(f"{where} holds weights but no training state: take another checkpoint folder")
+    try:
+        if saved["data_sha256"] != data_sha256:
+            raise StoryLLMError(f"{where} was trained on other data: take another checkpoint folder, or its data")
+        before, now = saved["recipe"], recipe.to_dict()
+        changed = [
+            f"{part}.{name} was {before[part].get(name)!r}, now {value!r}"
+            for part in ("model", "train")
+            for name, value in now[part].items()
+            if name not in FREE_FIELDS and before[part].get(name) != value
+        ]
+        iteration, max_iters_before = int(saved["iteration"]), int(before["train"]["max_iters"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoryLLMError(f"{where} is damaged: take another checkpoint folder") from error
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise StoryLLMError(
+            f"{where} belongs to another recipe ({'; '.join(changed[:4])}{more}): take another checkpoint folder, "
+            "or the old recipe to continue"
+        )
+    if iteration > recipe.train.max_iters:
+        raise StoryLLMError(
+            f"{where} has {iteration} iterations, max_iters is {recipe.train.max_iters}: raise it, "
+            "or take another checkpoint folder to begin anew"
+        )
+    if max_iters_before != recipe.train.max_iters:
+        print(f"max_iters was {max_iters_before:,}, now {recipe.train.max_iters:,}: the schedule changes")

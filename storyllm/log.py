@@ -1,16 +1,20 @@
 """What a run says of itself: `log.jsonl`, one JSON object a line, written as it happens and read back for figures.
 
-{"event": "run", "recipe": {...}, "versions": {...}, "device": "...", "git_revision": "...", ...}     first line
+{"event": "run", "recipe": {...}, "versions": {...}, "device": "...", "git_revision": "...", ...}     at each start
 {"event": "update", "iteration": 32, "train_loss": 10.8, "learning_rate": 4e-05, "grad_norm": 2.1, ...}
 {"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
+import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .config import StoryLLMError
 
@@ -45,3 +49,33 @@ def read_log(path: str | Path) -> Log:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoryLLMError(f"{path} line {number} is not a line of a StoryLLM log: is it another file?") from error
     return log
+
+
+def write_entry(log: TextIO, entry: dict[str, Any]) -> None:
+    """Appends one line to an open log, at once."""
+    log.write(json.dumps(entry) + "\n")
+    log.flush()
+
+
+def describe_environment() -> dict[str, Any]:
+    """What a run ran in: versions, platform, git revision (None outside a checkout), time of the start."""
+    packages = ("torch", "tiktoken", "tokenizers", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "git_revision": _git_revision(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that this package lies at the top of, if it does."""
+    checkout = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        top, revision = done.stdout.splitlines()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return revision if Path(top) == checkout else None

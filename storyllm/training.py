@@ -7,11 +7,7 @@ generators seeded by recipe and iteration, so that the state of a run is its wei
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,12 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import load_checkpoint, model_contents, save_checkpoint
+from .checkpoint import check_same_run, load_checkpoint, model_contents, save_checkpoint
 from .config import DataConfig, Recipe, StoryLLMError, TrainConfig
 from .device import Machine, choose_machine
 from .evaluation import bits_per_byte, mean_loss
 from .interrupt import Interrupt
-from .log import Log, read_log
+from .log import Log, describe_environment, read_log, write_entry
 from .model import GPT
 from .optim import lr_at, make_optimizer
 from .stories import SPLITS
@@ -46,11 +42,6 @@ TRAINING, EVALUATION, DROPOUT = 0, 1, 2
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]"
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (windows, T) inputs and targets -> mean nats per token
-
-# Fields that may change when a run continues: they say how long and where, not what is learned.
-FREE_FIELDS = frozenset(
-    {"max_iters", "stop_at", "micro_batch_size", "checkpoint_minutes", "dtype", "device", "compile"}
-)
 
 
 def train_step(
@@ -150,10 +141,7 @@ class _Run:
         if saved is None:
             self._check_nothing_is_lost()
         else:
-            try:
-                self._check_same_run(saved)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise StoryLLMError(f"{directory / LAST} is damaged: take another checkpoint folder") from error
+            check_same_run(saved, self.recipe, info.sha256, directory / LAST)
             if self.config.micro_batch_size == "auto":
                 self.config = dataclasses.replace(self.config, micro_batch_size=saved["micro_batch_size"])
         self.machine = choose_machine(self.config, self.recipe.model)
@@ -179,7 +167,7 @@ class _Run:
             open(self.directory / LOG, "a", encoding="utf-8") as log,
         ):
             log.truncate(min(self.log_bytes, log.tell()))  # what was written after the last saving happens again
-            _write(log, {"event": "run", **self._description()})
+            write_entry(log, {"event": "run", **self._description()})
             try:
                 while True:
                     next_iteration = min(
@@ -192,7 +180,7 @@ class _Run:
                     entry = self._update(next_iteration, loss_of, bar)
                     self.iteration = next_iteration
                     self.seconds = earlier_seconds + time.monotonic() - started
-                    _write(log, {"event": "update", "iteration": self.iteration, **entry, "seconds": self.seconds})
+                    write_entry(log, {"event": "update", "iteration": self.iteration, **entry, "seconds": self.seconds})
                     if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
                         self._save(log.tell())
                         saved_at = time.monotonic()
@@ -291,7 +279,7 @@ class _Run:
             "learning_rate": lr_at(point, self.config),
             "seconds": self.seconds,
         }
-        _write(log, entry)
+        write_entry(log, entry)
         bar.write(f"iteration {point:>6,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}", sys.stdout)
 
     def _check_finite(self, loss: float, iteration: int) -> None:
@@ -327,36 +315,6 @@ class _Run:
                     "take another checkpoint folder, or move that file away"
                 )
 
-    def _check_same_run(self, saved: dict[str, Any]) -> None:
-        """Raises StoryLLMError unless the state in `checkpoint_dir` is of this recipe and this data."""
-        where = self.directory / LAST
-        if "optimizer" not in saved:
-            raise StoryLLMError(f"{where} holds weights but no training state: take another checkpoint folder")
-        if saved["data_sha256"] != self.data["train"].info.sha256:
-            raise StoryLLMError(f"{where} was trained on other data: take another checkpoint folder, or its data")
-        before, now = saved["recipe"], self.recipe.to_dict()
-        changed = [
-            f"{part}.{name} was {before[part].get(name)!r}, now {value!r}"
-            for part in ("model", "train")
-            for name, value in now[part].items()
-            if name not in FREE_FIELDS and before[part].get(name) != value
-        ]
-        if changed:
-            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-            raise StoryLLMError(
-                f"{where} belongs to another recipe ({'; '.join(changed[:4])}{more}): take another checkpoint folder, "
-                "or the old recipe to continue"
-            )
-        if saved["iteration"] > self.config.max_iters:
-            raise StoryLLMError(
-                f"{where} has {saved['iteration']} iterations, max_iters is {self.config.max_iters}: raise it, "
-                "or take another checkpoint folder to begin anew"
-            )
-        if self.config.max_iters != before["train"]["max_iters"]:
-            print(
-                f"max_iters was {before['train']['max_iters']:,}, now {self.config.max_iters:,}: the schedule changes"
-            )
-
     def _restore(self, saved: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(saved["model"])
@@ -390,7 +348,6 @@ class _Run:
         return compiled
 
     def _description(self) -> dict[str, Any]:
-        packages = ("torch", "tiktoken", "tokenizers", "numpy")
         return {
             "recipe": self.recipe.to_dict(),
             "parameters": self.model.num_parameters(),
@@ -398,13 +355,7 @@ class _Run:
             "device": self.machine.why,
             "micro_batch_size": self.machine.micro_batch_size,
             "data": {split: dataclasses.asdict(tokens.info) for split, tokens in self.data.items()},
-            "versions": {
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in packages},
-            },
-            "platform": platform.platform(),
-            "git_revision": _git_revision(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            **describe_environment(),
         }
 
 
@@ -420,17 +371,3 @@ def _data_config(info: TokenInfo) -> DataConfig:
 def _seed_of(*numbers: int) -> int:
     """One seed for PyTorch out of several numbers: different for different ones."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1  # 63 bits: it must not overflow
-
-
-def _write(log: TextIO, entry: dict[str, Any]) -> None:
-    log.write(json.dumps(entry) + "\n")
-    log.flush()
-
-
-def _git_revision() -> str | None:
-    """The revision of the checkout that this package runs from, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
