@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from storyllm import GPT, Recipe, StoryLLMError, load
-from storyllm.checkpoint import load_checkpoint, model_contents, restore_model, save_checkpoint
+from storyllm.checkpoint import check_same_run, load_checkpoint, model_contents, restore_model, save_checkpoint
 from storyllm.tokens import read_tokenizer
 
 
@@ -127,3 +127,28 @@ def test_a_failed_save_leaves_the_old_one(path, contents):
         save_checkpoint(path, {**contents, "what cannot be saved": lambda: None})
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 96640")])
+def test_a_full_disk_is_one_line_and_the_earlier_file_stays(path, contents, monkeypatch, error):
+    before = path.read_bytes()
+
+    def full(contents, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(StoryLLMError, match=r"best_model_params\.pt cannot be written .*make room") as caught:
+        save_checkpoint(path, contents)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("missing", ["recipe", "data_sha256", "iteration"])
+def test_a_state_that_lacks_something_is_refused(contents, missing, tmp_path):
+    saved = {**contents, "optimizer": {}, "data_sha256": "0", "iteration": 3}
+    recipe = Recipe.from_dict(contents["recipe"])
+    check_same_run(saved, recipe, "0", tmp_path / "last.pt")
+    with pytest.raises(StoryLLMError, match=r"last\.pt is damaged"):
+        check_same_run({k: v for k, v in saved.items() if k != missing}, recipe, "0", tmp_path / "last.pt")

@@ -151,3 +151,13 @@ def test_output_into_a_closed_pipe_is_no_error(run):
     command = f"{sys.executable} -m storyllm tell --checkpoint {run}/last.pt --max-new-tokens 60 'One day' | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(storyllm.__file__).parents[1])
     assert done.stderr == ""
+
+
+def test_of_two_recipes_the_last_counts(capsys):
+    assert main(["train", "--recipe", "demo", "--recipe", "demmo"]) == 2
+    assert "there is no recipe 'demmo'" in capsys.readouterr().err
+
+
+def test_options_are_checked_before_the_story_begins(run, capsys):
+    assert main(["tell", "--checkpoint", str(run / "last.pt"), "--temperature", "-1", "One day"]) == 2
+    assert capsys.readouterr().out == ""

@@ -133,3 +133,20 @@ def test_a_tokenizer_of_another_size_is_refused(teller):
     )
     with pytest.raises(StoryLLMError, match="the model has 300 tokens, the tokenizer 257"):
         Storyteller(teller.model, other)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"One", [5], ["One", None]])
+def test_a_prompt_that_is_not_text_is_refused(teller, prompt):
+    with pytest.raises(StoryLLMError, match="expected text"):
+        teller.tell(prompt)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "1", 2**63])
+def test_a_seed_that_is_none_is_refused(teller, seed):
+    with pytest.raises(StoryLLMError, match=r"seed is .*expected a whole number"):
+        teller.tell("One", seed=seed)
+
+
+def test_nothing_is_told_before_the_options_are_checked(teller):
+    with pytest.raises(StoryLLMError, match="temperature is -1"):
+        next(teller.stream("One day", temperature=-1.0))

@@ -556,3 +556,11 @@ def test_the_fingerprints_of_other_sources(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(stories_module, "builtin_stories", rewritten)
     assert source_fingerprint(DataConfig(source="builtin")) != before
+
+
+def test_hidden_files_are_not_stories(tmp_path: Path) -> None:
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    written(tmp_path / ".ipynb_checkpoints" / "a-checkpoint.txt", b"old")
+    written(tmp_path / ".b.txt", b"hidden")
+    written(tmp_path / "a.txt", b"new")
+    assert read(tmp_path) == ["new"]

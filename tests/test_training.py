@@ -410,3 +410,26 @@ def test_where_compilation_fails_the_run_goes_on_without_it(whole, tiny_data, tm
     train(TINY.override({"train.compile": True}), tiny_data, tmp_path)
     assert "torch.compile does not work here (RuntimeError): going on without it" in capsys.readouterr().out
     assert weights(tmp_path) == weights(whole)
+
+
+def test_other_things_than_a_recipe_are_refused(tiny_data, tmp_path):
+    for wrong in ("demo", TINY.train, None):
+        with pytest.raises(StoryLLMError, match="expected a Recipe"):
+            train(wrong, tiny_data, tmp_path)
+    with pytest.raises(StoryLLMError, match="expected a DataConfig"):
+        storyllm.prepare(TINY, tmp_path)
+    with pytest.raises(StoryLLMError, match="expected a GPTConfig"):
+        GPT(TINY)
+    with pytest.raises(StoryLLMError, match="expected a Storyteller"):
+        storyllm.evaluate("best_model_params.pt", tiny_data / "validation.bin")
+
+
+def test_a_closed_pipe_loses_nothing(tiny_data, tmp_path, monkeypatch):
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    steps = iter(range(100))
+    monkeypatch.setattr(training, "train_step", lambda *a, **k: closed() if next(steps) == 3 else train_step(*a, **k))
+    with pytest.raises(BrokenPipeError):
+        train(TINY, tiny_data, tmp_path)
+    assert load_checkpoint(tmp_path / "last.pt")["iteration"] == 12
