@@ -59,7 +59,8 @@ def train_bpe(stories: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     tokens += [bytes(byte_of[character] for character in token) for token, _ in learned if len(token) > 1]
     if len(tokens) + 1 < vocab_size:
         warnings.warn(
-            f"the stories have words for {len(tokens) + 1} tokens only, {vocab_size} were asked for", stacklevel=2
+            f"the stories give only {len(tokens) + 1} of the {vocab_size} tokens asked for: the vocabulary has those",
+            stacklevel=2,
         )
     return _encoding(f"bpe:{vocab_size}", tokens)
 

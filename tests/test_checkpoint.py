@@ -81,6 +81,7 @@ class Bite:
         return os.mkdir, ("bitten",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_is_never_executed(path, contents, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({**contents, "extra": Bite()}, path)

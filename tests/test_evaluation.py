@@ -54,6 +54,7 @@ def test_bits_per_byte_by_hand():
     assert bits_per_byte(math.log(4), 3, 12) == pytest.approx(0.5)
 
 
+@pytest.mark.filterwarnings("ignore:the stories")
 def test_data_of_another_tokenizer_is_refused(teller, tmp_path):
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(f"The pig {'ate ' * n}corn." for n in range(200)))
     prepare(DataConfig(source=str(tmp_path / "stories.txt"), tokenizer="bpe:270"), tmp_path / "data")

@@ -85,6 +85,7 @@ def test_the_likeliest_token_at_temperature_zero(teller):
     assert teller.tell("One day", max_new_tokens=25, temperature=0.0) == "One day" + teller.tokenizer.decode(expected)
 
 
+@pytest.mark.filterwarnings("ignore:prompt has")
 def test_several_stories_at_once_are_those_told_alone(teller):
     """Prompts of different lengths, one beyond what is left of the context: greedy, so that chance has no part."""
     prompts = ["One day", "", "Ben found a kite in the old barn", "A"]
