@@ -24,7 +24,7 @@ import storyllm
 from storyllm.checkpoint import model_contents, save_checkpoint
 from storyllm.device import choose_device, choose_machine
 from storyllm.optim import make_optimizer
-from storyllm.tokenizer import tokenizer_from_dict
+from storyllm.tokenizer import train_bpe
 from storyllm.training import train_step
 
 RECIPE = storyllm.RECIPES["faithful"]
@@ -61,7 +61,7 @@ TASKS = {
 def files() -> None:
     """Sizes of what a run keeps on disk; the vocabulary in them is a stand-in of bytes, GPT-2's takes 0.5 MB."""
     model = storyllm.GPT(RECIPE.model)
-    tokenizer = tokenizer_from_dict(byte_vocabulary())
+    tokenizer = train_bpe([], 257)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "best_model_params.pt"
         save_checkpoint(path, model_contents(model, tokenizer, RECIPE))
@@ -72,12 +72,6 @@ def files() -> None:
         contents = {**model_contents(model, tokenizer, RECIPE), "optimizer": optimizer.state_dict()}
         save_checkpoint(path, contents)
         print(f"best_model_params.pt {best / 1e6:>8,.0f} MB\nlast.pt {path.stat().st_size / 1e6:>21,.0f} MB")
-
-
-def byte_vocabulary() -> dict[str, str]:
-    import base64
-
-    return {"name": "bytes", "tokens": " ".join(base64.b64encode(bytes([b])).decode() for b in range(256))}
 
 
 def main(device: str = "auto", repeats: int = 3, task: str | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import tiktoken
 import torch
 
-from .config import GPTConfig, Recipe, StoryLLMError
+from .config import Recipe, StoryLLMError
 from .files import atomic_write
 from .model import GPT
 from .tokenizer import tokenizer_from_dict, tokenizer_to_dict
@@ -70,7 +70,8 @@ def restore_model(contents: dict[str, Any], where: str | Path) -> tuple[GPT, tik
         tokenizer = tokenizer_from_dict(contents["tokenizer"])
         if recipe.model.vocab_size != tokenizer.n_vocab:
             raise StoryLLMError(f"vocabulary of {tokenizer.n_vocab} tokens, model for {recipe.model.vocab_size}")
-        model = empty_model(recipe.model)
+        with torch.random.fork_rng(devices=[]):  # weights about to be loaded need no draws of the caller's generator
+            model = GPT(recipe.model)
         model.load_state_dict(contents["model"])
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -78,12 +79,6 @@ def restore_model(contents: dict[str, Any], where: str | Path) -> tuple[GPT, tik
             f"{where} holds weights that do not fit its configuration ({reason}): name another file"
         ) from error
     return model.eval(), tokenizer, recipe
-
-
-def empty_model(config: GPTConfig) -> GPT:
-    """A GPT whose weights are about to be loaded: making it leaves the global random generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        return GPT(config)
 
 
 def check_same_run(saved: dict[str, Any], recipe: Recipe, data_sha256: str, where: Path) -> None:

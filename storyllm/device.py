@@ -55,24 +55,17 @@ def _works(name: str) -> bool:
         return False
     try:
         return bool((torch.ones(2, device=name) + 1).sum() == 4)
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-        ImportError,
-        TypeError,
-    ):  # unknown, not built in, or not there
-        return False
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError):
+        return False  # unknown, not built in, or not there
 
 
 def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
     """Fills in every "auto" of `train` for the machine at hand, and takes what it names."""
     device = choose_device(train.device)
-    name, reason = "CPU", ""
-    best = torch.float32
+    name, best, reason = "CPU", torch.float32, ""
     capability = (0, 0)
     if device.type == "mps":
-        name, reason = "Apple GPU (MPS)", ""
+        name = "Apple GPU (MPS)"
     elif device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         best, reason = auto_dtype(capability)

@@ -67,7 +67,7 @@ class Storyteller:
         if not isinstance(prompt, (str, list, tuple)):
             raise StoryLLMError(f"prompt is {type(prompt).__name__}, expected text or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        stories = list(prompts)
+        stories = [""] * len(prompts)
         for row, piece in self._pieces(prompts, max_new_tokens, temperature, top_k, top_p, seed):
             stories[row] += piece
         return stories[0] if isinstance(prompt, str) else stories
@@ -82,9 +82,6 @@ class Storyteller:
         seed: int | None = None,
     ) -> Iterator[str]:
         """The same story as `tell`, piece by piece as it is made: first the prompt, then a token's text at a time."""
-        _check_telling([prompt], max_new_tokens, temperature, top_k, top_p, seed)
-        if prompt:
-            yield prompt
         for _, piece in self._pieces([prompt], max_new_tokens, temperature, top_k, top_p, seed):
             yield piece
 
@@ -97,8 +94,9 @@ class Storyteller:
         top_p: float | None,
         seed: int | None,
     ) -> Iterator[tuple[int, str]]:
-        """(row, text) as the stories grow; rows of several prompts advance together, a token each."""
-        _check_telling(prompts, max_new_tokens, temperature, top_k, top_p, seed)
+        """(row, text) as the stories grow, their prompts first; rows of several advance together, a token each."""
+        _check_telling(prompts, max_new_tokens, seed)
+        check_sampling(temperature, top_k, top_p)
         if not prompts:
             return
         device = self.model.lm_head.weight.device
@@ -108,6 +106,7 @@ class Storyteller:
         else:
             generator.manual_seed(seed)
         rows = [self._prompt_ids(prompt) for prompt in prompts]
+        yield from ((row, prompt) for row, prompt in enumerate(prompts) if prompt)
         # Rows advance from the shortest prompt's end. A longer prompt's own tokens take the place of drawn ones.
         start, end = min(map(len, rows)), max(map(len, rows)) + max_new_tokens
         idx = torch.tensor([row[:start] for row in rows], device=device)
@@ -143,14 +142,7 @@ class Storyteller:
         return ids[-context:]
 
 
-def _check_telling(
-    prompts: list[str],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-) -> None:
+def _check_telling(prompts: list[str], max_new_tokens: int, seed: int | None) -> None:
     """Raises StoryLLMError for what no story can be told with, before the first word of it is out."""
     for prompt in prompts:
         if not isinstance(prompt, str):
@@ -159,7 +151,6 @@ def _check_telling(
         raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, expected a whole number of at least 0")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         raise StoryLLMError(f"seed is {seed!r}, expected a whole number from 0 to 2**63 - 1, or None")
-    check_sampling(temperature, top_k, top_p)
 
 
 def load(path: str | Path, device: str = "auto") -> Storyteller:

@@ -69,20 +69,23 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
     request = {**settings, "fingerprint": source_fingerprint(data)}
     paths = {split: out_dir / f"{split}.bin" for split in SPLITS}
     done = {split: _complete(path, request) for split, path in paths.items()}
-    for split, path in paths.items():
-        other = [path] if path.exists() and not done[split] else _foreign(path.with_suffix(".json"), read_info)
-        if not any(done.values()):  # else a damaged vocabulary is this data's, and is made again
-            other = other or _foreign(out_dir / VOCABULARY, lambda path: read_tokenizer(path.parent))
-        if other and not overwrite:
-            raise StoryLLMError(
-                f"{other[0]} holds other data (another source, tokenizer or setting): take another folder (--out), "
-                "or pass overwrite=True (--overwrite) to replace it"
-            )
+    others = [path for split, path in paths.items() if path.exists() and not done[split]]
+    others += [
+        path.with_suffix(".json") for path in paths.values() if _is_foreign(path.with_suffix(".json"), read_info)
+    ]
+    vocabulary = out_dir / VOCABULARY
+    if not any(done.values()) and _is_foreign(vocabulary, lambda path: read_tokenizer(path.parent)):
+        others.append(vocabulary)  # beside data of this request, a damaged one is this data's, and is made again
+    if others and not overwrite:
+        raise StoryLLMError(
+            f"{others[0]} holds other data (another source, tokenizer or setting): take another folder (--out), "
+            "or pass overwrite=True (--overwrite) to replace it"
+        )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoryLLMError(f"cannot make the folder {out_dir} ({error.strerror}): take another (--out)") from error
-    tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
+    tokenizer = _prepare_tokenizer(data, vocabulary, request)
     infos = {}
     for split, path in reversed(paths.items()):  # validation first: it is where too few stories show
         info = done[split]
@@ -102,14 +105,14 @@ def _complete(path: Path, request: dict[str, Any]) -> TokenInfo | None:
     return info if whole and info.request == request else None
 
 
-def _foreign(path: Path, read: Callable[[Path], object]) -> list[Path]:
-    """[path] if there is a file of that name which is not one of ours."""
+def _is_foreign(path: Path, read: Callable[[Path], object]) -> bool:
+    """Is there a file of that name which is not one of ours, by what reads ours?"""
     try:
         if path.exists():
             read(path)
     except StoryLLMError:
-        return [path]
-    return []
+        return True
+    return False
 
 
 def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) -> tiktoken.Encoding:
@@ -234,7 +237,7 @@ def random_windows(
     if len(ids) <= block_size:
         raise StoryLLMError(
             f"the data has {len(ids)} tokens, a window of {block_size} needs {block_size + 1}: "
-            "prepare more stories, or lower model.block_size"
+            "prepare more stories (or hold out more of them), or lower model.block_size"
         )
     starts = rng.integers(len(ids) - block_size, size=count)
     windows = ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (count, block_size + 1)

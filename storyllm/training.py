@@ -39,6 +39,9 @@ LOG = "log.jsonl"
 # The first number of every generator's seed sequence, so that no two draw the same.
 TRAINING, EVALUATION, DROPOUT = 0, 1, 2
 
+# How far a run has come: attributes of a run, saved with its state.
+PROGRESS = ("iteration", "evaluated", "best_val_loss", "seconds", "log_bytes")
+
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]"
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (windows, T) inputs and targets -> mean nats per token
@@ -196,20 +199,16 @@ class _Run:
 
         A point inside an update is evaluated before it: the weights have had only the updates that were whole by then.
         """
-        points = {*range(0, self.end + 1, self.config.eval_interval), self.end}
+        first, after = max(self.iteration, self.evaluated + 1), min(next_iteration, self.end + 1)
         if self.iteration == self.config.max_iters:
-            next_iteration += 1  # no update comes next: the last point is due
-        first = max(self.iteration, self.evaluated + 1)
-        return sorted(point for point in points if first <= point < next_iteration)
+            after = self.end + 1  # no update comes next: the last point is due
+        return [i for i in range(first, after) if i % self.config.eval_interval == 0 or i == self.end]
 
     def _windows(self, split: str, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        block_size, tokens = self.recipe.model.block_size, self.data[split]
-        if len(tokens.ids) <= block_size:
-            raise StoryLLMError(
-                f"{tokens.path} has {len(tokens.ids)} tokens, a window of {block_size} needs {block_size + 1}: "
-                "prepare more stories (or hold out more of them), or lower model.block_size"
-            )
-        x, y = random_windows(tokens.ids, block_size, count, rng)
+        try:
+            x, y = random_windows(self.data[split].ids, self.recipe.model.block_size, count, rng)
+        except StoryLLMError as error:
+            raise StoryLLMError(f"{self.data[split].path}: {error}") from error
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def _update(self, next_iteration: int, loss_of: LossFunction, bar: tqdm) -> dict[str, float | None]:
@@ -290,6 +289,7 @@ class _Run:
             )
 
     def _save(self, log_bytes: int) -> None:
+        self.log_bytes = log_bytes
         save_checkpoint(
             self.directory / LAST,
             {
@@ -297,12 +297,8 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "data_sha256": self.data["train"].info.sha256,
-                "iteration": self.iteration,
-                "evaluated": self.evaluated,
-                "best_val_loss": self.best_val_loss,
                 "micro_batch_size": self.machine.micro_batch_size,
-                "seconds": self.seconds,
-                "log_bytes": log_bytes,
+                **{name: getattr(self, name) for name in PROGRESS},
             },
         )
 
@@ -321,7 +317,7 @@ class _Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             if self.scaler.is_enabled() and saved["scaler"]:
                 self.scaler.load_state_dict(saved["scaler"])
-            for name in ("iteration", "evaluated", "best_val_loss", "seconds", "log_bytes"):
+            for name in PROGRESS:
                 setattr(self, name, saved[name])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise StoryLLMError(
