@@ -7,7 +7,7 @@ C = n_embd channels, H heads of D = C / H channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn as nn
@@ -15,27 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .cache import FixedKVCache, KVCache, capture
 from .config import GPTConfig, StoryLLMError
-from .sampling import check_sampling, next_token_probs, sample
-
-# Rows of logits that `GPT.loss` holds at a time. With GPT-2's vocabulary a row takes 200 kB, so this many take 0.8 GB.
-LOSS_CHUNK = 4_096
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for each layer: room for (B, H, block_size, D) each."""
-
-    def __init__(self, config: GPTConfig, batch_size: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, 2, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.data = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens held
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the (B, H, T, D) keys and values of the next T tokens; returns all of this layer's so far."""
-        end = self.length + k.size(2)
-        self.data[layer, 0, :, :, self.length : end] = k
-        self.data[layer, 1, :, :, self.length : end] = v
-        return self.data[layer, 0, :, :, :end], self.data[layer, 1, :, :, :end]
+from .linear import Linear, linear_cross_entropy
+from .sampling import check_sampling, draw
 
 
 class CausalSelfAttention(nn.Module):
@@ -44,32 +27,35 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v at once
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, layer: int, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         heads = (part.view(B, T, self.config.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
         q, k, v = heads  # (B, H, T, D) each
+        mask = None
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        y = self.attend(q, k, v)  # (B, H, T, D)
+            mask = cache.mask(T)
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q kT / sqrt(D)) v, where the last T of S keys belong to the T queries and none looks ahead."""
-        T, S = q.size(2), k.size(2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q kT / sqrt(D)) v, where a query sees the keys of its `mask`; without one, those up to its own."""
+        T = q.size(2)
         dropout = self.config.dropout if self.training else 0.0
-        if self.config.flash_attention and T == S:  # is_causal instead of a mask lets PyTorch take its fastest kernel
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)  # may query t see key s?
-        if self.config.flash_attention:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        if self.config.flash_attention:  # is_causal instead of a mask lets PyTorch take its fastest kernel
+            causal = mask is None and T > 1
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, S)
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
-        return F.dropout(weights, p=dropout) @ v
+        if mask is None and T > 1:
+            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return F.dropout(scores.softmax(dim=-1), p=dropout) @ v
 
 
 class MLP(nn.Module):
@@ -77,8 +63,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +105,7 @@ class GPT(nn.Module):
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = wte.weight  # weight tying (Press and Wolf 2017)
         self.apply(self._init_weights)
 
@@ -147,7 +133,7 @@ class GPT(nn.Module):
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise StoryLLMError(f"{start + T} tokens were given, the context is {self.config.block_size}: cut them")
-        positions = torch.arange(start, start + T, device=idx.device)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
         x = self.transformer["drop"](x)
         for layer, block in enumerate(self.transformer["h"].children()):
@@ -156,7 +142,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, layer, cache)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return self.transformer["ln_f"](x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -169,18 +155,9 @@ class GPT(nn.Module):
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """The same scalar as `forward` gives, in nats per token, without ever holding all the logits.
 
-        Logits are the largest tensor by far. They are made for LOSS_CHUNK tokens at a time and, where there is more
-        than one chunk, made again in the backward pass instead of kept.
+        Logits are the largest tensor by far: see `linear_cross_entropy`.
         """
-        x, y = self.hidden(idx).flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
-        if y.numel() <= LOSS_CHUNK:
-            return self._summed_loss(x, y) / y.numel()
-        chunks = zip(x.split(LOSS_CHUNK), y.split(LOSS_CHUNK), strict=True)
-        losses = [checkpoint(self._summed_loss, xc, yc, use_reentrant=False) for xc, yc in chunks]
-        return torch.stack(losses).sum() / y.numel()
-
-    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
+        return linear_cross_entropy(self.hidden(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def generate(
         self,
@@ -218,29 +195,55 @@ class GPT(nn.Module):
         check_sampling(temperature, top_k, top_p)
         if idx.ndim != 2 or idx.size(1) == 0:
             raise StoryLLMError(f"idx has shape {tuple(idx.shape)}, expected (B, T) with T of at least 1")
-        cache = None
-        if use_cache:
-            cache = KVCache(self.config, idx.size(0), idx.device, self.lm_head.weight.dtype)
+        next_logits = self._decoder(idx.size(0), idx.device) if use_cache else self.next_logits
         for step in range(max_new_tokens):
-            logits = self.next_logits(idx, cache)
-            next_ids = sample(next_token_probs(logits, temperature, top_k, top_p), generator)
+            next_ids = draw(next_logits(idx), temperature, top_k, top_p, generator)
             if forced is not None:
                 next_ids = torch.where(forced[step] >= 0, forced[step], next_ids)
             idx = torch.cat([idx, next_ids[:, None]], dim=1)
             yield next_ids
+
+    def _decoder(self, batch_size: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """`next_logits` for ids that grow by a token a call: through a cache and, on a CUDA GPU, a graph of a step."""
+        cache = KVCache(self.config, batch_size, device, self.lm_head.weight.dtype)
+        if not _captures(device):
+            return lambda idx: self.next_logits(idx, cache)
+        last = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # what goes into the graph
+        fixed: FixedKVCache | None = None
+        step: Callable[[], Tensor] | None = None
+
+        def next_logits(idx: Tensor) -> Tensor:
+            nonlocal fixed, step
+            if not cache.length or idx.size(1) > self.config.block_size:
+                return self.next_logits(idx, cache)
+            last.copy_(idx[:, -1:])
+            if fixed is None or step is None:
+                fixed = FixedKVCache(cache)
+                step = capture(lambda: self._logits_after(last, fixed))
+            fixed.position.fill_(idx.size(1) - 1)
+            return step()
+
+        return next_logits
 
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids to the (B, vocab_size) logits of what follows them, dropout off.
 
         A cache must hold a beginning of `idx`; only the rest goes through the model, while `idx` fits the context.
         """
+        if cache is not None and idx.size(1) <= self.config.block_size:
+            return self._logits_after(idx[:, cache.length :], cache)
+        return self._logits_after(idx[:, -self.config.block_size :])
+
+    def _logits_after(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         was_training = self.training
         if was_training:
             self.eval()
-        if cache is not None and idx.size(1) <= self.config.block_size:
-            x = self.hidden(idx[:, cache.length :], cache)
-        else:
-            x = self.hidden(idx[:, -self.config.block_size :])
+        x = self.hidden(idx, cache)
         if was_training:
             self.train()
         return self.lm_head(x[:, -1])
+
+
+def _captures(device: torch.device) -> bool:
+    """Is a step of telling so short on this device that launching it is what takes the time?"""
+    return device.type == "cuda"

@@ -33,24 +33,50 @@ def next_token_probs(
     Raises StoryLLMError for a value out of range.
     """
     check_sampling(temperature, top_k, top_p)
-    logits = logits.float()
+    probs, ids = _kept(logits, temperature, top_k, top_p)
+    probs = probs / probs.sum(-1, keepdim=True)
+    return probs if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(-1, ids, probs)
+
+
+def _kept(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> tuple[Tensor, Tensor | None]:
+    """Probabilities, not summing to one, of the tokens that the rules leave, and their ids: (..., k) both.
+
+    No ids stand for the whole vocabulary in its order.
+    """
+    logits, ids = logits.float(), None
     if temperature == 0:
-        return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    # Largest logit at 0 first, so that a tiny temperature cannot overflow.
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+        ids = logits.argmax(-1, keepdim=True)
+        return torch.ones_like(ids, dtype=torch.float32), ids
+    if temperature != 1:
+        logits = logits / max(temperature, 1e-30)  # greedy long before that, and a division by less would overflow
     if top_k is not None and top_k < logits.size(-1):
-        largest, ids = logits.topk(top_k, dim=-1)
-        logits = torch.full_like(logits, -math.inf).scatter(-1, ids, largest)
+        logits, ids = logits.topk(top_k, dim=-1)
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        largest, ids = probs.sort(dim=-1, descending=True, stable=True)
+        if ids is None:
+            # Tokens under (1 - top_p) / V hold less than 1 - top_p together, so the others hold top_p: only they need
+            # sorting. Half of it leaves room for rounding.
+            likely = probs >= 0.5 * (1 - top_p) / probs.size(-1)
+            probs, ids = probs.topk(int(likely.sum(-1).max()), dim=-1)
         # A token stays while those before it hold less than top_p; the first always does.
-        largest = largest.masked_fill(largest.cumsum(-1) - largest >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, ids, largest)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+    return probs, ids
 
 
-def sample(probs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draws one token id for each row: (B, vocab_size) probabilities to (B,) ids."""
-    return torch.multinomial(probs, num_samples=1, generator=generator).squeeze(1)
+def draw(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draws the next token of each row by `next_token_probs`: (B, vocab_size) logits to (B,) ids.
+
+    One uniform number a row points into the running sum of the probabilities, among what the rules leave.
+    """
+    probs, ids = _kept(logits, temperature, top_k, top_p)
+    # On a CPU, cumsum adds up in float64 by itself.
+    sums = probs.cumsum(-1, dtype=torch.float64 if probs.device.type == "cuda" else torch.float32)
+    point = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator) * sums[:, -1:]
+    chosen = torch.searchsorted(sums, point, right=True)  # (B, 1): the first whose running sum is beyond the point
+    return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(1)

@@ -117,15 +117,13 @@ def test_dropout_acts_on_attention_weights_in_training_only(flash_attention):
         assert (dropout(torch.ones(1000)) == 0).float().mean().item() == pytest.approx(0.5, abs=0.08)
 
 
-@pytest.mark.parametrize("chunk", [7, 16, 48, 1000])
-def test_loss_in_chunks_equals_the_loss_of_all_logits(monkeypatch, chunk):
-    monkeypatch.setattr(model_module, "LOSS_CHUNK", chunk)
-    whole, chunked = make(), make()
+def test_the_loss_alone_equals_the_loss_of_all_logits():
+    whole, alone = make(), make()
     _, loss = whole(ids(), ids(seed=2))
     loss.backward()
-    assert torch.allclose(chunked.loss(ids(), ids(seed=2)), loss, atol=1e-6)
-    chunked.loss(ids(), ids(seed=2)).backward()
-    for one, other in zip(whole.parameters(), chunked.parameters(), strict=True):
+    assert torch.allclose(alone.loss(ids(), ids(seed=2)), loss, atol=1e-6)
+    alone.loss(ids(), ids(seed=2)).backward()
+    for one, other in zip(whole.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-6, rtol=1e-4)
 
 
@@ -185,6 +183,31 @@ def test_generation_with_cache_equals_generation_without_far_beyond_the_context(
     ]
     assert told[0].shape == (40, 3)
     assert torch.equal(*told)
+
+
+@pytest.mark.parametrize("flash_attention", [True, False])
+def test_the_steps_that_a_gpu_captures_give_the_same_logits(monkeypatch, flash_attention):
+    """A CUDA GPU's path on the CPU: fixed shapes, a step taken more than once, ids through a buffer."""
+    captured = []
+
+    def capture(step):
+        captured.append(step())
+        return step
+
+    monkeypatch.setattr(model_module, "capture", capture)
+    monkeypatch.setattr(model_module, "_captures", lambda device: True)
+    model, prompt = make(flash_attention=flash_attention), ids(3, 5)
+    fixed, fresh = (
+        list(model.stream(prompt, 30, generator=torch.Generator().manual_seed(0), use_cache=use_cache))
+        for use_cache in (True, False)
+    )
+    assert torch.equal(torch.stack(fixed), torch.stack(fresh))
+    assert len(captured) == 1
+    decoder = model._decoder(3, torch.device("cpu"))
+    with torch.inference_mode():
+        for length in range(5, 17):
+            expected = model.next_logits(ids(3, 16)[:, :length])
+            torch.testing.assert_close(decoder(ids(3, 16)[:, :length]), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_beyond_the_context_the_last_tokens_are_fed_afresh():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from storyllm import StoryLLMError, next_token_probs
-from storyllm.sampling import sample
+from storyllm.sampling import draw
 
 PROBS = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03])
 LOGITS = PROBS.log() + 3.0  # softmax does not see the shift
@@ -91,7 +91,40 @@ def test_values_out_of_range_are_refused_by_name(field, value):
         next_token_probs(LOGITS, **{field: value})
 
 
-def test_sampling_follows_the_probabilities():
-    drawn = sample(PROBS.expand(20_000, 5), torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    "rules", [{}, {"temperature": 0.5}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 4, "top_p": 0.9}]
+)
+def test_what_is_drawn_follows_the_probabilities(rules):
+    order = torch.tensor([3, 0, 4, 2, 1])
+    drawn = draw(LOGITS[order].expand(20_000, 5), **rules, generator=torch.Generator().manual_seed(0))
     assert drawn.shape == (20_000,)
-    torch.testing.assert_close(drawn.bincount(minlength=5) / 20_000, PROBS, atol=0.012, rtol=0)
+    expected = next_token_probs(LOGITS[order], **rules)
+    torch.testing.assert_close(drawn.bincount(minlength=5) / 20_000, expected, atol=0.012, rtol=0)
+    assert not (drawn.bincount(minlength=5)[expected == 0]).any()
+
+
+def test_each_row_draws_by_itself():
+    logits = torch.full((3, 4), -math.inf)
+    logits[[0, 1, 2], [2, 0, 3]] = 0.0
+    assert draw(logits).tolist() == [2, 0, 3]
+
+
+def test_the_ends_of_the_uniform_number_draw_the_first_and_the_last_token(monkeypatch):
+    for point, expected in [(0.0, 1), (1 - 2**-24, 3)]:  # torch.rand gives 0 but never 1
+        monkeypatch.setattr(torch, "rand", lambda *shape, point=point, **_: torch.full(shape, point))
+        probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
+        assert draw(probs.log()).tolist() == [expected]
+
+
+def test_top_p_of_a_large_vocabulary_sorts_only_what_it_needs(monkeypatch):
+    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)) * 6
+    sorted_tokens = []
+    topk = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda t, k, dim: sorted_tokens.append(k) or topk(t, k, dim=dim))
+    probs = next_token_probs(logits, top_p=0.9)
+    assert sorted_tokens[0] < 1000
+    for row, everything in zip(probs, logits.softmax(-1), strict=True):
+        descending = everything.sort(descending=True).values
+        kept = int((descending.cumsum(0) < 0.9).sum()) + 1
+        torch.testing.assert_close(row.sort(descending=True).values[:kept], descending[:kept] / descending[:kept].sum())
+        assert (row > 0).sum() == kept
