@@ -133,7 +133,7 @@ class TrainConfig:
     checkpoint_minutes: float = 2.0  # minutes between two savings of last.pt
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or what torch.device takes
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; "auto": on a CUDA GPU that supports it
+    compile: bool | Literal["auto"] = "auto"  # torch.compile; "auto": for a long run on a CUDA GPU
     seed: int = 0  # seed of weights, windows, dropout
 
     def __post_init__(self) -> None:

@@ -10,12 +10,19 @@ from typing import Any
 import torch
 
 from .config import GPTConfig, StoryLLMError, TrainConfig
+from .pace import flops_per_token, peak_flops
 
 # What "auto" takes for micro_batch_size. A CPU gets CPU_TOKENS tokens at once, a GPU one token for each
-# GPU_BYTES_PER_TOKEN of its memory; a model of more than 6 x 384 channels gets fewer in proportion.
+# GPU_BYTES_PER_TOKEN of its memory, as far as GPU_TOKENS, which keep any of today's busy; a model of more than 6 x 384
+# channels gets fewer in proportion.
 CPU_TOKENS = 1_024
 GPU_BYTES_PER_TOKEN = 1 << 20
+GPU_TOKENS = 65_536
 CHANNELS = 6 * 384
+
+# Compiling takes about a minute. It is worth that from so many operations on: a minute of a T4 at a quarter of its
+# rate.
+COMPILE_FLOPS = 1e15
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Machine:
     compile: bool
     micro_batch_size: int  # windows that go through the device at once
     why: str
+    peak_flops: float | None = None  # highest rate of this GPU for `dtype`, in operations a second, where it is known
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which the forward pass runs in this machine's number format."""
@@ -72,21 +80,41 @@ def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
     dtype = best if train.dtype == "auto" else getattr(torch, train.dtype)
     if train.dtype != "auto":
         reason = " (as asked for)"
-    can_compile = capability >= (7, 0) and find_spec("triton") is not None
-    compiled = can_compile if train.compile == "auto" else train.compile
+    compiled, compile_reason = auto_compile(capability, train, model)
+    if train.compile != "auto":
+        compiled, compile_reason = train.compile, "as asked for"
     if train.micro_batch_size == "auto":
-        tokens = CPU_TOKENS
-        if device.type == "cuda":
-            tokens = torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_TOKEN
-        windows = tokens * CHANNELS // (model.n_layer * model.n_embd) // model.block_size
-        micro_batch_size = max(1, min(windows, train.batch_size * train.gradient_accumulation_steps))
+        micro_batch_size = auto_micro_batch_size(device, train, model)
     else:
         micro_batch_size = train.micro_batch_size
     why = (
         f"{name}, {str(dtype).removeprefix('torch.')}{reason}, {micro_batch_size} windows at once, "
-        f"{'compiled' if compiled else 'not compiled'}"
+        f"{'compiled' if compiled else 'not compiled'} ({compile_reason})"
     )
-    return Machine(device, dtype, compiled, micro_batch_size, why)
+    return Machine(device, dtype, compiled, micro_batch_size, why, peak_flops(name, dtype))
+
+
+def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTConfig) -> int:
+    """The windows that go through the device at once: what fits, in equal parts of an update where that is near."""
+    tokens = CPU_TOKENS
+    if device.type == "cuda":
+        tokens = min(torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_TOKEN, GPU_TOKENS)
+    windows = tokens * CHANNELS // (model.n_layer * model.n_embd) // model.block_size
+    in_update = train.batch_size * train.gradient_accumulation_steps
+    largest = max(1, min(windows, in_update))
+    divisor = max(size for size in range(1, largest + 1) if in_update % size == 0)
+    return divisor if divisor > largest // 2 else largest
+
+
+def auto_compile(capability: tuple[int, int], train: TrainConfig, model: GPTConfig) -> tuple[bool, str]:
+    """Is this run to be compiled, on a CUDA GPU of that compute capability ((0, 0): on none)? And why."""
+    if capability < (7, 0):
+        return False, "CUDA GPUs from capability 7.0 on gain by it"
+    if find_spec("triton") is None:
+        return False, "triton is not installed"
+    flops = train.max_iters * train.batch_size * model.block_size * flops_per_token(model)
+    worth = flops >= COMPILE_FLOPS
+    return worth, f"{flops:.1e} operations, worth it from {COMPILE_FLOPS:.0e} on"
 
 
 def auto_dtype(capability: tuple[int, int]) -> tuple[torch.dtype, str]:

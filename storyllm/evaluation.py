@@ -16,7 +16,8 @@ from .generation import Storyteller
 from .tokenizer import tokenizer_hash
 from .tokens import open_tokens, sequential_windows
 
-WINDOWS_AT_ONCE = 8
+# Tokens that are read together: more keeps a GPU busy, and would only take memory from a CPU.
+CPU_TOKENS, GPU_TOKENS = 1_024, 16_384
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def evaluate(teller: Storyteller, data: str | Path) -> Report:
     was_training = teller.model.training
     teller.model.eval()
     nats, predicted = 0.0, 0
-    for x, y in sequential_windows(tokens.ids, block_size, WINDOWS_AT_ONCE):
+    windows_at_once = max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // block_size)
+    for x, y in sequential_windows(tokens.ids, block_size, windows_at_once):
         loss = teller.model.loss(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
         nats += loss.item() * y.size
         predicted += y.size

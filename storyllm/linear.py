@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 # Logits that exist at a time. On a CPU they should take less than the 32 MiB from which glibc gives memory back to the
 # system after each use, to be zeroed again; a GPU needs some thousand rows to be busy.
 CPU_LOGITS = 6_500_000
-GPU_LOGITS = 200_000_000
+GPU_LOGITS = 300_000_000
 
 
 def _onednn_applies(x: Tensor, weight: Tensor) -> bool:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .tokenizer import END_OF_TEXT, gpt2_tokenizer, tokenizer_from_dict, tokeniz
 
 VOCABULARY = "vocabulary.json"
 TOKEN_DTYPE = np.dtype("<u2")
-STORIES_AT_ONCE = 1_024
+TEXT_AT_ONCE = 1 << 20  # characters of stories that are encoded together
 IDS_AT_ONCE = 1 << 24  # ids looked at together when a whole file is read
 
 
@@ -137,16 +138,15 @@ def _write_split(
 ) -> TokenInfo:
     counts = {"stories": 0, "tokens": 0, "bytes": 0}
     digest = hashlib.sha256()
-    stories = iter(tqdm(read_stories(data, split), desc=split, unit=" stories", file=sys.stdout))
-    with atomic_write(path) as file:
-        while batch := list(islice(stories, STORIES_AT_ONCE)):
-            encoded = tokenizer.encode_ordinary_batch(batch, num_threads=os.cpu_count() or 1)
-            ids = np.concatenate([np.array([*story, tokenizer.eot_token], TOKEN_DTYPE) for story in encoded])
+    stories = read_stories(data, split)
+    with atomic_write(path) as file, tqdm(desc=split, unit=" stories", file=sys.stdout) as bar:
+        for batch, ids, text_bytes in encoded_batches(stories, tokenizer):
             file.write(ids.tobytes())
             digest.update(ids.tobytes())
             counts["stories"] += len(batch)
             counts["tokens"] += len(ids)
-            counts["bytes"] += sum(len(story.encode()) for story in batch)
+            counts["bytes"] += text_bytes
+            bar.update(len(batch))
         if not counts["stories"]:
             raise StoryLLMError(
                 f"{data.source} leaves no {split} stories: add some (in a .txt, a line of {END_OF_TEXT} "
@@ -167,6 +167,48 @@ def _write_split(
         path.unlink(missing_ok=True)
         write_json(path.with_suffix(".json"), dataclasses.asdict(info))
     return info
+
+
+def encoded_batches(
+    stories: Iterable[str], tokenizer: tiktoken.Encoding
+) -> Iterator[tuple[list[str], np.ndarray, int]]:
+    """Stories some thousand at a time, their ids (each with its end-of-text token) and the bytes of their text.
+
+    Encoded in threads, one for each core, a few batches ahead of whoever takes them: in their order all the same.
+    """
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[tuple[list[str], Future[tuple[np.ndarray, int]]]] = deque()
+        for batch in _batches(stories):
+            pending.append((batch, pool.submit(_encode, batch, tokenizer)))
+            if len(pending) > workers:
+                batch, encoded = pending.popleft()
+                yield batch, *encoded.result()
+        for batch, encoded in pending:
+            yield batch, *encoded.result()
+
+
+def _batches(stories: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for story in stories:
+        batch.append(story)
+        characters += len(story) + len(END_OF_TEXT)
+        if characters >= TEXT_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(stories: list[str], tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, int]:
+    """All the stories' ids as one array, and their bytes of text: joined by the end-of-text mark, encoded at once."""
+    text = END_OF_TEXT.join([*stories, ""])
+    text_bytes = len(text.encode()) - len(END_OF_TEXT) * len(stories)
+    if text.count(END_OF_TEXT) == len(stories):
+        return tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(TOKEN_DTYPE), text_bytes
+    # A story holds the mark in its text, where it is not the end: each story by itself.
+    ids = [[*tokenizer.encode_ordinary(story), tokenizer.eot_token] for story in stories]
+    return np.concatenate([np.array(story, TOKEN_DTYPE) for story in ids]), text_bytes
 
 
 def read_info(path: str | Path) -> TokenInfo:
@@ -240,7 +282,8 @@ def random_windows(
             "prepare more stories (or hold out more of them), or lower model.block_size"
         )
     starts = rng.integers(len(ids) - block_size, size=count)
-    windows = ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (count, block_size + 1)
+    every_window = np.lib.stride_tricks.sliding_window_view(np.asarray(ids), block_size + 1)  # a view: costs nothing
+    windows = every_window[starts].astype(np.int64)  # (count, block_size + 1)
     return windows[:, :-1], windows[:, 1:]
 
 

@@ -28,6 +28,7 @@ from .interrupt import Interrupt
 from .log import Log, describe_environment, read_log, write_entry
 from .model import GPT
 from .optim import lr_at, make_optimizer
+from .pace import Pace, duration, model_flops_utilization
 from .stories import SPLITS
 from .tokenizer import tokenizer_hash
 from .tokens import TokenInfo, Tokens, open_tokens, random_windows, read_tokenizer
@@ -42,7 +43,7 @@ TRAINING, EVALUATION, DROPOUT = 0, 1, 2
 # How far a run has come: attributes of a run, saved with its state.
 PROGRESS = ("iteration", "evaluated", "best_val_loss", "seconds", "log_bytes")
 
-BAR = "{desc}{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}{postfix}]"
+BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}{postfix}]"  # tqdm's {remaining} forgets evaluations
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (windows, T) inputs and targets -> mean nats per token
 
@@ -139,6 +140,7 @@ class _Run:
         self.best_val_loss = math.inf
         self.seconds = 0.0  # of training so far, in all its parts
         self.log_bytes = 0  # length of the log when the state was saved
+        self.pace = Pace(2 * self.config.eval_windows)
 
         saved = load_checkpoint(directory / LAST) if (directory / LAST).exists() else None
         if saved is None:
@@ -161,6 +163,7 @@ class _Run:
         rng = np.random.default_rng((EVALUATION, self.config.seed))
         windows = {split: self._windows(split, self.config.eval_windows, rng) for split in SPLITS}
         loss_of = self._loss_function()
+        print(f"about {duration(self._seconds_left())} for {self.end - self.iteration:,} iterations")
         if not (self.directory / LAST).exists():  # from here on the other files here are this run's
             self._save(log_bytes=0)
         saved_at = started = time.monotonic()
@@ -177,7 +180,7 @@ class _Run:
                         self.iteration + self.config.gradient_accumulation_steps, self.config.max_iters
                     )
                     for point in self._evaluation_points(next_iteration):
-                        self._evaluate(point, loss_of, windows, log, bar)
+                        self._evaluate(point, windows, log, bar)
                     if next_iteration > self.end or self.iteration == self.config.max_iters:
                         break
                     entry = self._update(next_iteration, loss_of, bar)
@@ -231,14 +234,31 @@ class _Run:
         overflowed = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not overflowed:
             self._check_finite(train_loss, next_iteration)
-        tokens_per_second = x.numel() / (time.monotonic() - started)
-        bar.set_postfix_str(f"loss {train_loss:.3f}, lr {learning_rate:.1e}, {tokens_per_second:,.0f} tokens/s", False)
+        update_seconds = time.monotonic() - started
+        self.pace.add_update(len(x), update_seconds)
+        speed: dict[str, float | None] = {"tokens_per_second": round(x.numel() / update_seconds, 1)}
+        shown = f"{speed['tokens_per_second']:,.0f} tokens/s"
+        if self.machine.peak_flops is not None:
+            mfu = model_flops_utilization(x.numel() / update_seconds, self.recipe.model, self.machine.peak_flops)
+            speed["mfu"] = round(mfu, 4)
+            shown += f", {mfu:.0%} of the GPU"
+        seconds_left = self._seconds_left(len(x) // self.config.batch_size)
+        left = bar.format_interval(seconds_left)
+        bar.set_postfix_str(f"{left} left, loss {train_loss:.3f}, lr {learning_rate:.1e}, {shown}", False)
         return {
             "train_loss": train_loss if math.isfinite(train_loss) else None,
             "learning_rate": learning_rate,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "tokens_per_second": round(tokens_per_second, 1),
+            **speed,
+            "seconds_left": round(seconds_left, 1),
         }
+
+    def _seconds_left(self, begun: int = 0) -> float:
+        """How long the rest of the run will take, at its pace so far, when `begun` more iterations are done."""
+        iteration = self.iteration + begun
+        points = range(self.evaluated + 1, self.end + 1)
+        evaluations = len([i for i in points if i % self.config.eval_interval == 0 or i == self.end])
+        return self.pace.seconds_left((self.end - iteration) * self.config.batch_size, evaluations)
 
     def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The windows on the device, in pieces that fit it. An interrupt takes effect here, between two of them."""
@@ -254,14 +274,17 @@ class _Run:
             yield x, y
             bar.update(len(x) / self.config.batch_size)
 
-    def _evaluate(
-        self, point: int, loss_of: LossFunction, windows: dict[str, tuple[Tensor, Tensor]], log: TextIO, bar: tqdm
-    ) -> None:
-        """Losses of both splits on their fixed windows, logged as of iteration `point`; the best weights are kept."""
+    def _evaluate(self, point: int, windows: dict[str, tuple[Tensor, Tensor]], log: TextIO, bar: tqdm) -> None:
+        """Losses of both splits on their fixed windows, logged as of iteration `point`; the best weights are kept.
+
+        Never compiled: that would take longer than it saves.
+        """
+        started = time.monotonic()
         self.model.eval()
         train_loss, val_loss = (
-            mean_loss(loss_of, self._micro_batches(*windows[split]), self.machine) for split in SPLITS
+            mean_loss(self.model.loss, self._micro_batches(*windows[split]), self.machine) for split in SPLITS
         )
+        self.pace.add_evaluation(time.monotonic() - started)
         self._check_finite(train_loss + val_loss, point)
         info = self.data["validation"].info
         if val_loss < self.best_val_loss:
@@ -328,20 +351,34 @@ class _Run:
             print(f"continuing at iteration {self.iteration:,}")
 
     def _loss_function(self) -> LossFunction:
-        """`model.loss`, compiled where the machine can: what cannot be compiled is said in a line and left plain."""
-        if not self.machine.compile:
-            return self.model.loss
-        compiled = torch.compile(self.model.loss)
+        """`model.loss`, compiled where that was chosen and works. It is tried: its time begins the run's pace."""
         x, y = self._windows("train", self.machine.micro_batch_size, np.random.default_rng(0))
+        loss_of = self._compiled_loss(x, y) if self.machine.compile else self.model.loss
+        self._try(loss_of, x, y)  # what takes time only once
+        started = time.monotonic()
+        self._try(loss_of, x, y)
+        self.pace.add_update(len(x), time.monotonic() - started)
+        return loss_of
+
+    def _compiled_loss(self, x: Tensor, y: Tensor) -> LossFunction:
+        """`model.loss` compiled for windows like these; plain, and a line that says so, where that fails."""
+        compiled = torch.compile(self.model.loss, dynamic=False)
         try:
-            with self.machine.autocast():
-                compiled(x.to(self.machine.device), y.to(self.machine.device)).backward()
+            self._try(compiled, x, y)
         except Exception as error:  # a compiler has many ways to fail
             print(f"torch.compile does not work here ({type(error).__name__}): going on without it")
             return self.model.loss
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-        return compiled
+        # What is left over at the end of an update has another size: it is not worth a compilation of its own.
+        return lambda x, y: (compiled if len(x) == self.machine.micro_batch_size else self.model.loss)(x, y)
+
+    def _try(self, loss_of: LossFunction, x: Tensor, y: Tensor) -> None:
+        """Takes a gradient and forgets it."""
+        self.model.train()
+        with self.machine.autocast():
+            loss = loss_of(x.to(self.machine.device), y.to(self.machine.device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).item()  # waits until a GPU is done
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _description(self) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ from storyllm import RECIPES, GPTConfig, StoryLLMError, TrainConfig
 from storyllm.device import auto_dtype, choose_device, choose_machine
 
 T4 = types.SimpleNamespace(name="Tesla T4", capability=(7, 5), total_memory=15_828_320_256)
+H200 = types.SimpleNamespace(name="NVIDIA H200", capability=(9, 0), total_memory=150_109_880_320)
 A100 = types.SimpleNamespace(name="NVIDIA A100-SXM4-40GB", capability=(8, 0), total_memory=42_405_855_232)
 
 
@@ -49,6 +50,40 @@ def test_an_a100_trains_in_bf16(gpu):
     machine = choose_machine(TrainConfig(), GPTConfig())
     assert machine.dtype == torch.bfloat16
     assert machine.micro_batch_size > 128
+
+
+@pytest.mark.parametrize(("card", "windows"), [(T4, 64), (A100, 256), (H200, 512)])
+def test_a_gpu_takes_windows_in_equal_parts_of_an_update(gpu, card, windows):
+    """A part of another size would have to be compiled for itself."""
+    gpu(card)
+    assert choose_machine(TrainConfig(), GPTConfig()).micro_batch_size == windows
+
+
+def test_an_update_that_does_not_divide_is_still_taken_in_large_parts(gpu):
+    gpu(T4)
+    config = TrainConfig(batch_size=151, gradient_accumulation_steps=1)  # a prime number
+    assert choose_machine(config, GPTConfig()).micro_batch_size == 117
+
+
+def test_compilation_is_for_runs_that_are_worth_it(gpu, monkeypatch):
+    monkeypatch.setattr("storyllm.device.find_spec", lambda name: name)
+    gpu(T4)
+    faithful, demo = RECIPES["faithful"], RECIPES["demo"]
+    machine = choose_machine(faithful.train, faithful.model)
+    assert machine.compile and "compiled (1.5e+16 operations, worth it from 1e+15 on)" in machine.why
+    machine = choose_machine(demo.train, demo.model)
+    assert not machine.compile and "not compiled (1.4e+13 operations, worth it from 1e+15 on)" in machine.why
+    assert choose_machine(TrainConfig(compile=True), demo.model).compile
+    assert not choose_machine(TrainConfig(compile=False), faithful.model).compile
+    monkeypatch.setattr("storyllm.device.find_spec", lambda name: None)
+    machine = choose_machine(faithful.train, faithful.model)
+    assert not machine.compile and "not compiled (triton is not installed)" in machine.why
+
+
+def test_the_rate_of_a_known_gpu_is_known(gpu):
+    gpu(T4)
+    assert choose_machine(TrainConfig(), GPTConfig()).peak_flops == 65e12
+    assert choose_machine(TrainConfig(dtype="float32"), GPTConfig()).peak_flops is None
 
 
 def test_a_larger_model_gets_fewer_windows_at_once(gpu):

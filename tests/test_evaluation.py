@@ -44,7 +44,7 @@ def test_evaluation_is_repeatable_and_needs_no_luck(teller, tiny_data, monkeypat
     report = evaluate(teller, tiny_data / "validation.bin")
     assert report == evaluate(teller, tiny_data / "validation.bin")
     assert torch.equal(before, torch.get_rng_state())
-    monkeypatch.setattr(storyllm.evaluation, "WINDOWS_AT_ONCE", 3)
+    monkeypatch.setattr(storyllm.evaluation, "CPU_TOKENS", 3 * 16)
     other = evaluate(teller, tiny_data / "validation.bin")
     assert other.loss == pytest.approx(report.loss, rel=1e-6)
 

@@ -14,7 +14,7 @@ PACKAGE = Path(storyllm.__file__).parent
 
 # The path of a story through the package: a module leans only on modules before it.
 PATH = """
-config files log interrupt tokenizer builtin stories tokens device sampling linear cache model optim
+config files log interrupt tokenizer builtin stories tokens pace device sampling linear cache model optim
 checkpoint generation evaluation training plots __init__ cli __main__
 """.split()
 

@@ -24,7 +24,14 @@ from conftest import synthetic_stories
 
 from storyllm import tokens as tokens_module
 from storyllm.config import DataConfig, StoryLLMError
-from storyllm.tokenizer import gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
+from storyllm.tokenizer import (
+    END_OF_TEXT,
+    gpt2_tokenizer,
+    tokenizer_from_dict,
+    tokenizer_hash,
+    tokenizer_to_dict,
+    train_bpe,
+)
 from storyllm.tokens import (
     PreparedData,
     open_tokens,
@@ -146,9 +153,13 @@ def test_the_vocabulary_is_learned_from_the_training_stories_alone(tmp_path: Pat
     assert len(tokenizer.encode_ordinary("the")) == 1
 
 
-def test_more_stories_than_are_encoded_at_once(tmp_path: Path) -> None:
-    train = [f"Story {i}." for i in range(2 * tokens_module.STORIES_AT_ONCE + 1)]
-    exactly = [f"Story {i}." for i in range(tokens_module.STORIES_AT_ONCE)]
+def test_more_stories_than_are_encoded_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Batches of three stories; some hold the end-of-text mark: alone, at an end, or in two halves."""
+    monkeypatch.setattr(tokens_module, "TEXT_AT_ONCE", 3 * (len("Story 10.") + len(END_OF_TEXT)))
+    train = [f"Story {i}." for i in range(10, 41)]
+    train[5], train[11], train[12] = END_OF_TEXT, f"a{END_OF_TEXT}b", f"a {END_OF_TEXT}"
+    train[20:24] = ["a <|endof", "text|> b", "", " <|endoftext|"]
+    exactly = [f"Story {i}." for i in range(10, 16)]
     source = write_source(tmp_path / "source", {"train": train, "validation": exactly})
     prepared = prepare(config(source, tokenizer="bpe:258"), tmp_path / "out")
     tokenizer = read_tokenizer(tmp_path / "out")
@@ -384,7 +395,7 @@ def test_a_preparation_that_was_cut_off_is_made_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(tokens_module, "read_stories", cut)
-        patch.setattr(tokens_module, "STORIES_AT_ONCE", 4)
+        patch.setattr(tokens_module, "TEXT_AT_ONCE", 200)
         with pytest.raises(error):
             prepare(config(source), tmp_path / "out")
     assert ("validation.bin" in contents(tmp_path / "out")) == (nth_reading > 2)
@@ -424,7 +435,7 @@ def read_stories(data, split, read_stories=tokens.read_stories):
             kill()
         yield story
 
-os.replace, tokens.read_stories, tokens.STORIES_AT_ONCE = replace, read_stories, 4
+os.replace, tokens.read_stories, tokens.TEXT_AT_ONCE = replace, read_stories, 200
 tokens.prepare(DataConfig(source=source, tokenizer=tokenizer), out, overwrite=True)
 """
 
@@ -491,7 +502,7 @@ def test_memory_does_not_grow_with_the_corpus(monkeypatch: pytest.MonkeyPatch, s
         finally:
             tracemalloc.stop()
 
-    monkeypatch.setattr(tokens_module, "STORIES_AT_ONCE", 32)
+    monkeypatch.setattr(tokens_module, "TEXT_AT_ONCE", 10_000)
     peak(100)  # what is only needed once
     assert peak(3_000) < peak(300) + 100_000  # the stories themselves: a megabyte
 

@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from storyllm import GPT, RECIPES, GPTConfig, Recipe, StoryLLMError, TrainConfig
 from storyllm.checkpoint import load_checkpoint
 from storyllm.device import choose_machine
 from storyllm.optim import make_optimizer
+from storyllm.pace import flops_per_token
 from storyllm.training import train_step
 
 # 22 iterations in updates of 4: five whole updates, and two batches left over for a last one.
@@ -400,7 +402,7 @@ def test_a_loss_that_is_not_finite_stops_and_poisons_nothing(tiny_data, tmp_path
 
 
 def test_where_compilation_fails_the_run_goes_on_without_it(whole, tiny_data, tmp_path, monkeypatch, capsys):
-    def no_compiler(function):
+    def no_compiler(function, dynamic):
         def fail(*args):
             raise RuntimeError("no compiler here")
 
@@ -410,6 +412,50 @@ def test_where_compilation_fails_the_run_goes_on_without_it(whole, tiny_data, tm
     train(TINY.override({"train.compile": True}), tiny_data, tmp_path)
     assert "torch.compile does not work here (RuntimeError): going on without it" in capsys.readouterr().out
     assert weights(tmp_path) == weights(whole)
+
+
+@pytest.mark.parametrize("compiler", ["real", "pretended"])
+def test_a_compiled_run_is_the_same_to_rounding(tiny_data, tmp_path, monkeypatch, compiler):
+    recipe = TINY.override({"model.dropout": 0.0, "train.micro_batch_size": 5})  # a compiler draws dropout its own way
+    plain = train(recipe, tiny_data, tmp_path / "plain")
+    sizes = set()
+
+    def pretended(function, dynamic):
+        return lambda x, y: sizes.add(len(x)) or function(x, y)
+
+    if compiler == "pretended":
+        monkeypatch.setattr(torch, "compile", pretended)
+    elif shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler on this machine")
+    compiled = train(recipe.override({"train.compile": True}), tiny_data, tmp_path / "compiled")
+    for one, other in zip(compiled.updates, plain.updates, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
+    assert sizes == ({5} if compiler == "pretended" else set())  # the rest of an update is not compiled for itself
+
+
+def test_a_run_says_how_long_it_will_take(tiny_data, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def seconds_left(pace, windows, evaluations):
+        asked.append((windows, evaluations))
+        return 120.0 * windows
+
+    monkeypatch.setattr(training.Pace, "seconds_left", seconds_left)
+    log = train(TINY, tiny_data, tmp_path)
+    # In updates of 4 batches of 3 windows, the last of 2; evaluations at 0, 5, 10, 15, 20 and 22.
+    assert asked == [(66, 6), (54, 5), (42, 4), (30, 3), (18, 2), (6, 2), (0, 1)]
+    assert "about 2.2 hours for 22 iterations" in capsys.readouterr().out
+    assert [entry["seconds_left"] for entry in log.updates] == [120 * windows for windows, _ in asked[1:]]
+
+
+def test_on_a_gpu_whose_rate_is_known_the_log_says_how_much_of_it_was_used(tiny_data, tmp_path, monkeypatch, capsys):
+    choose = training.choose_machine
+    monkeypatch.setattr(training, "choose_machine", lambda *a: dataclasses.replace(choose(*a), peak_flops=1e12))
+    log = train(TINY, tiny_data, tmp_path)
+    for entry in log.updates:
+        expected = entry["tokens_per_second"] * flops_per_token(storyllm.Recipe.from_dict(log.run["recipe"]).model)
+        assert entry["mfu"] == pytest.approx(expected / 1e12, abs=1e-4)
+    assert "% of the GPU" in capsys.readouterr().out
 
 
 def test_other_things_than_a_recipe_are_refused(tiny_data, tmp_path):
