@@ -10,15 +10,13 @@ PyTorch's own libraries included (the row "import" shows how much that is).
 from __future__ import annotations
 
 import dataclasses
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import tyro
+from side_by_side import in_own_process, peak_memory
 
 import storyllm
 from storyllm.checkpoint import model_contents, save_checkpoint
@@ -81,14 +79,12 @@ def main(device: str = "auto", repeats: int = 3, task: str | None = None) -> Non
         if choose_device(device).type == "cuda":
             print(torch.cuda.max_memory_allocated() / 1e6)
         else:
-            scale = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6)
+            print(peak_memory())
         return
     machine = choose_machine(dataclasses.replace(RECIPE.train, device=device), RECIPE.model)
     print(f"{machine.why}, torch {torch.__version__}, medians of {repeats}")
     for name in TASKS:
-        command = [sys.executable, __file__, "--device", device, "--task", name]
-        figures = [float(subprocess.check_output(command)) for _ in range(repeats)]
+        figures = [in_own_process(__file__, "--device", device, "--task", name)[0] for _ in range(repeats)]
         print(f"{name:<30} {statistics.median(figures):>8,.0f} MB")
     files()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -182,17 +181,3 @@ def train(
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
         yield loss.item()
-
-
-def median_seconds(run: Callable[[], object], peer: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median wall seconds of two functions that are run in turn, after one run of each that does not count."""
-    seconds: dict[Callable, list[float]] = {run: [], peer: []}
-    for turn in range(repeats + 1):
-        for function in (run, peer):
-            started = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                seconds[function].append(time.perf_counter() - started)
-    return float(np.median(seconds[run])), float(np.median(seconds[peer]))
