@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help install notebook test lint format clean
+.PHONY: help install notebook test lint bench format clean
 
 help:
 	@echo "make notebook   train a model and tell stories: the notebook, top to bottom, into run/"
 	@echo "make test       check the style, the types and everything else"
+	@echo "make bench      time each stage against its peer, as far as a CPU can (minutes); SOURCE=... for real stories"
 	@echo "make format     put the code into the house's format"
 	@echo "make clean      remove .venv and what the tools left (data and checkpoints stay)"
 
@@ -22,6 +23,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 notebook: $(INSTALLED)
 	$(BIN)/python tests/run_notebook.py StoryLLM.ipynb run
+
+# Stories for the tokenizing benchmark: built in, unless SOURCE names a file, a folder or a dataset on the hub.
+SOURCE := builtin
+TOKENIZER := gpt2
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/tokenizing.py --source $(SOURCE) --tokenizer $(TOKENIZER)
+	$(BIN)/python benchmarks/windows.py
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training_step.py --recipe demo
+	$(BIN)/python benchmarks/telling.py
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/memory.py --device cpu
 
 test: lint
 	$(BIN)/python -m pytest

@@ -146,6 +146,7 @@ def train(
     device: str,
     dtype: torch.dtype = torch.float32,
     eval_batch_of: Callable[[str], tuple[Tensor, Tensor]] | None = None,
+    eval_batches: int = EVAL_BATCHES,
 ) -> Iterator[float]:
     """Trains on the batches 0, 1, 2, ... for `config.stop_at` iterations; yields the loss of each.
 
@@ -163,8 +164,8 @@ def train(
             with torch.no_grad(), autocast:
                 model.eval()
                 for split in ("train", "validation"):
-                    losses = torch.zeros(EVAL_BATCHES)
-                    for k in range(EVAL_BATCHES):
+                    losses = torch.zeros(eval_batches)
+                    for k in range(eval_batches):
                         x, y = eval_batch_of(split)
                         losses[k] = model(x.to(device), y.to(device))[1].item()
                 model.train()

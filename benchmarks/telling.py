@@ -3,8 +3,8 @@
     python benchmarks/telling.py                       # one story, and 32 at once, on a CPU
     python benchmarks/telling.py --device cuda --stories 1 256
 
-Models of `faithful`'s shape with random weights, prompts of 16 tokens, 112 new ones: as far as the context goes.
-Beyond it, where the last 128 tokens go through afresh for each new one, the plain loop is the peer.
+Models of a recipe's shape with random weights, prompts of 16 tokens, and new ones as far as the context goes.
+Beyond it, where the last tokens of the context go through afresh for each new one, the plain loop is the peer.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ import storyllm
 PROMPT = 16
 
 
-def main(device: str = "cpu", stories: tuple[int, ...] = (1, 32), repeats: int = 3, beyond: int = 32) -> None:
+def main(
+    device: str = "cpu",
+    recipe: str = "faithful",
+    stories: tuple[int, ...] = (1, 32),
+    repeats: int = 3,
+    beyond: int = 32,
+) -> None:
     """Times all in turn, with temperature 1 and the whole vocabulary; `beyond` new tokens where the context is full."""
-    config = storyllm.RECIPES["faithful"].model
-    print(f"{machine()}, transformers {transformers.__version__}, medians of {repeats}")
+    config = storyllm.get_recipe(recipe).model
+    print(f"{machine()}, recipe {recipe}, transformers {transformers.__version__}, medians of {repeats}")
     torch.manual_seed(0)
     ours = storyllm.GPT(config).to(device).eval()
     plain = plain_loop.PlainGPT(config).to(device).eval()

@@ -270,9 +270,12 @@ class _Run:
     def _with_progress(
         self, micro_batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        windows = 0
         for x, y in micro_batches:
             yield x, y
-            bar.update(len(x) / self.config.batch_size)
+            windows += len(x)
+            bar.n = self.iteration + windows / self.config.batch_size  # not a sum of fractions, which would drift
+            bar.update(0)
 
     def _evaluate(self, point: int, windows: dict[str, tuple[Tensor, Tensor]], log: TextIO, bar: tqdm) -> None:
         """Losses of both splits on their fixed windows, logged as of iteration `point`; the best weights are kept.
@@ -367,6 +370,8 @@ class _Run:
             self._try(compiled, x, y)
         except Exception as error:  # a compiler has many ways to fail
             print(f"torch.compile does not work here ({type(error).__name__}): going on without it")
+            why = f"{self.machine.why}, which failed ({type(error).__name__}): not compiled"
+            self.machine = dataclasses.replace(self.machine, compile=False, why=why)
             return self.model.loss
         # What is left over at the end of an update has another size: it is not worth a compilation of its own.
         return lambda x, y: (compiled if len(x) == self.machine.micro_batch_size else self.model.loss)(x, y)

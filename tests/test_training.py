@@ -408,7 +408,8 @@ def test_where_compilation_fails_the_run_goes_on_without_it(whole, tiny_data, tm
         return fail
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    train(TINY.override({"train.compile": True}), tiny_data, tmp_path)
+    log = train(TINY.override({"train.compile": True}), tiny_data, tmp_path)
+    assert log.run["device"].endswith("compiled (as asked for), which failed (RuntimeError): not compiled")
     assert "torch.compile does not work here (RuntimeError): going on without it" in capsys.readouterr().out
     assert weights(tmp_path) == weights(whole)
 

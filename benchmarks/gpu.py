@@ -1,0 +1,173 @@
+"""All that wants a GPU, in one go: training end to end, number formats, compilation, memory, the loss, telling.
+
+    storyllm prepare --out data                                   # or any other data with GPT-2's vocabulary
+    python benchmarks/gpu.py --data-dir data                      # some ten minutes
+    python benchmarks/gpu.py --data-dir data --device cpu --small # does it run? (the figures mean nothing)
+
+Arithmetic is counted as in `storyllm/pace.py`; the matrix rate is that of a large product on the same card, measured
+just before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import loss
+import plain_loop
+import telling
+import torch
+import tyro
+from side_by_side import in_turn, machine, print_table
+
+import storyllm
+from storyllm.device import choose_machine
+from storyllm.optim import make_optimizer
+from storyllm.pace import flops_per_token
+from storyllm.tokens import open_tokens
+from storyllm.training import train_step
+
+T4_WINDOWS = 64  # what "auto" lets through a T4 at once
+
+
+def main(
+    data_dir: Path = Path("data"),
+    device: str = "cuda",
+    iterations: int = 20_000,
+    peer_iterations: int = 2_000,
+    repeats: int = 5,
+    small: bool = False,
+) -> None:
+    """Trains `faithful` for `iterations` and the plain loop for `peer_iterations`, and compares their rates."""
+    recipe = storyllm.RECIPES["faithful"].override({"train.device": device})
+    eval_batches = plain_loop.EVAL_BATCHES
+    if small:
+        recipe = recipe.override(
+            {
+                "model.n_layer": 2,
+                "model.n_head": 2,
+                "model.n_embd": 32,
+                "train.batch_size": 2,
+                "train.gradient_accumulation_steps": 4,
+                "train.eval_windows": 8,
+            }
+        )
+        iterations, peer_iterations, repeats, eval_batches = 16, 8, 1, 2
+    vocab_size = open_tokens(data_dir / "train.bin").info.vocab_size
+    recipe = recipe.override({"model.vocab_size": vocab_size})
+    print(machine())
+    rate = matrix_rate(device, 256 if small else 8_192)
+    end_to_end(recipe, data_dir, iterations, peer_iterations, eval_batches, rate)
+    steps(recipe, repeats)
+    memory(recipe)
+    loss.main(tokens=64 if small else 16_384, device=device, repeats=repeats)
+    if small:
+        telling.main(device=device, recipe="demo", stories=(1, 2), repeats=1, beyond=2)
+    else:
+        telling.main(device=device, stories=(1, 256), repeats=repeats)
+
+
+def matrix_rate(device: str, size: int) -> float:
+    """Operations a second of a (size, size) by (size, size) product in the 16-bit format that suits the device."""
+    dtype = choose_machine(storyllm.TrainConfig(device=device), storyllm.GPTConfig()).dtype
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    rate = 2 * size**3 / in_turn({"product": lambda: a @ b}, 20)["product"]
+    print(f"matrix rate, {size} x {size} in {dtype}: {rate / 1e12:.1f} TFLOP/s")
+    return rate
+
+
+def end_to_end(
+    recipe: storyllm.Recipe, data_dir: Path, iterations: int, peer_iterations: int, eval_batches: int, rate: float
+) -> None:
+    """Seconds an iteration, with start, compilation, evaluations and checkpoints, of ours and of the plain loop."""
+    recipe = recipe.override({"train.stop_at": iterations})
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):  # its progress bar
+            log = storyllm.train(recipe, data_dir, folder)
+        ours = time.perf_counter() - started
+    chosen = choose_machine(recipe.train, recipe.model)
+    print(f"\n{log.run['device']}")
+    tokens_per_second = statistics.median(update["tokens_per_second"] for update in log.updates)
+    used = tokens_per_second * flops_per_token(recipe.model)
+    print(f"{iterations:,} iterations in {ours:.1f} s; {tokens_per_second:,.0f} tokens/s while training")
+    print(f"a step makes use of {used / rate:.1%} of the matrix rate just measured")
+    if chosen.peak_flops is not None:
+        print(f"and of {used / chosen.peak_flops:.1%} of the rate in the data sheet (MFU)")
+
+    config = dataclasses.replace(recipe.train, stop_at=peer_iterations)
+    paths = {split: data_dir / f"{split}.bin" for split in ("train", "validation")}
+
+    def batch(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return plain_loop.get_batch(paths[split], config.batch_size, recipe.model.block_size)
+
+    model = plain_loop.PlainGPT(recipe.model).to(chosen.device)
+    started = time.perf_counter()
+    losses = plain_loop.train(
+        model, lambda i: batch("train"), config, chosen.device.type, chosen.dtype, batch, eval_batches
+    )
+    for _ in losses:
+        pass
+    peer = time.perf_counter() - started
+    figures = {"ours": 1e3 * ours / iterations, f"plain loop ({chosen.dtype})": 1e3 * peer / peer_iterations}
+    print_table("an iteration, end to end", "ms", figures)
+
+
+def steps(recipe: storyllm.Recipe, repeats: int) -> None:
+    """An update with one thing at a time otherwise than "auto" has it."""
+    variants: dict[str, dict] = {
+        "ours": {},
+        "float32": {"dtype": "float32"},
+        "not compiled": {"compile": False},
+        **{f"{n} windows at once": {"micro_batch_size": n} for n in (32, 64, 128, 256, 512, 1_024)},
+    }
+    windows = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    most = min(windows, 2 * choose_machine(recipe.train, recipe.model).micro_batch_size)  # more may not fit
+    variants = {name: fields for name, fields in variants.items() if fields.get("micro_batch_size", 0) <= most}
+    seconds = in_turn({name: step(recipe, **fields) for name, fields in variants.items()}, repeats)
+    print_table(f"an update of {windows} windows", "ms", {name: 1e3 * value for name, value in seconds.items()})
+
+
+def step(recipe: storyllm.Recipe, **fields: object) -> Callable[[], object]:
+    """What takes an update of `recipe` with some training fields changed, on random ids."""
+    config = dataclasses.replace(recipe.train, **fields)
+    chosen = choose_machine(config, recipe.model)
+    model = storyllm.GPT(recipe.model).to(chosen.device).train()
+    optimizer, scaler = make_optimizer(model, config), chosen.grad_scaler()
+    shape = (2, config.batch_size * config.gradient_accumulation_steps, recipe.model.block_size)
+    x, y = torch.randint(recipe.model.vocab_size, shape, device=chosen.device)
+    loss_of = torch.compile(model.loss, dynamic=False) if chosen.compile else model.loss
+    size = chosen.micro_batch_size
+    parts = list(zip(x.split(size), y.split(size), strict=True))
+    return lambda: train_step(loss_of, parts, optimizer, scaler, chosen, config, config.learning_rate)
+
+
+def memory(recipe: storyllm.Recipe) -> None:
+    """The most that PyTorch had allocated on the GPU, for a step as a T4 takes it and for telling."""
+    if not torch.cuda.is_available():
+        print("\nmemory of a GPU: there is none here")
+        return
+    tell = storyllm.GPT(recipe.model).cuda().eval()
+    tasks = {
+        f"a step, float16, {T4_WINDOWS} windows at once, not compiled": step(
+            recipe, dtype="float16", micro_batch_size=T4_WINDOWS, compile=False
+        ),
+        "telling 200 tokens": lambda: tell.generate(torch.zeros(1, 1, dtype=torch.long, device="cuda"), 200),
+    }
+    print("\npeak memory on the GPU, both models there")
+    for name, task in tasks.items():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        task()
+        torch.cuda.synchronize()
+        print(f"  {name:<55} {torch.cuda.max_memory_allocated() / 1e6:>8,.0f} MB")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
