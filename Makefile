@@ -31,6 +31,7 @@ TOKENIZER := gpt2
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/tokenizing.py --source $(SOURCE) --tokenizer $(TOKENIZER)
 	$(BIN)/python benchmarks/windows.py
+	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/training_step.py --recipe demo

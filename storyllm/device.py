@@ -109,7 +109,7 @@ def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTCo
 def auto_compile(capability: tuple[int, int], train: TrainConfig, model: GPTConfig) -> tuple[bool, str]:
     """Is this run to be compiled, on a CUDA GPU of that compute capability ((0, 0): on none)? And why."""
     if capability < (7, 0):
-        return False, "CUDA GPUs from capability 7.0 on gain by it"
+        return False, "that is for CUDA GPUs from 7.0 on"
     if find_spec("triton") is None:
         return False, "triton is not installed"
     flops = train.max_iters * train.batch_size * model.block_size * flops_per_token(model)

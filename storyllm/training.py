@@ -356,11 +356,14 @@ class _Run:
     def _loss_function(self) -> LossFunction:
         """`model.loss`, compiled where that was chosen and works. It is tried: its time begins the run's pace."""
         x, y = self._windows("train", self.machine.micro_batch_size, np.random.default_rng(0))
-        loss_of = self._compiled_loss(x, y) if self.machine.compile else self.model.loss
-        self._try(loss_of, x, y)  # what takes time only once
-        started = time.monotonic()
-        self._try(loss_of, x, y)
-        self.pace.add_update(len(x), time.monotonic() - started)
+        try:
+            loss_of = self._compiled_loss(x, y) if self.machine.compile else self.model.loss
+            self._try(loss_of, x, y)  # what takes time only once
+            started = time.monotonic()
+            self._try(loss_of, x, y)
+            self.pace.add_update(len(x), time.monotonic() - started)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
         return loss_of
 
     def _compiled_loss(self, x: Tensor, y: Tensor) -> LossFunction:
@@ -377,13 +380,12 @@ class _Run:
         return lambda x, y: (compiled if len(x) == self.machine.micro_batch_size else self.model.loss)(x, y)
 
     def _try(self, loss_of: LossFunction, x: Tensor, y: Tensor) -> None:
-        """Takes a gradient and forgets it."""
+        """Takes a gradient, and waits until it is there."""
         self.model.train()
         with self.machine.autocast():
             loss = loss_of(x.to(self.machine.device), y.to(self.machine.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf).item()  # waits until a GPU is done
-        self.optimizer.zero_grad(set_to_none=True)
+        loss.item()
 
     def _description(self) -> dict[str, Any]:
         return {

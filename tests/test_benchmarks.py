@@ -20,6 +20,7 @@ SCRIPTS = {path.name for path in BENCHMARKS.glob("*.py")}
 SMALL = {
     "tokenizing.py": "--source {data}/../stories.txt --tokenizer bpe:300 --repeats 1 --copies 2",
     "windows.py": "--tokens 100000 --repeats 1 --batches 10",
+    "products.py": "--rows 2 --repeats 1",
     "loss.py": "--tokens 32 --repeats 1",
     "training_step.py": "--recipe demo --repeats 1",
     "telling.py": "--recipe demo --stories 1 --repeats 1 --beyond 1",
