@@ -2,7 +2,7 @@
 
     python benchmarks/products.py
 
-The shapes are `faithful`'s: the MLP's first layer, and the head; rows are tokens. Rates are those of the products alone.
+The shapes are `faithful`'s: the MLP's first layer, and the head; rows are tokens. Rates count the products alone.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 
@@ -39,7 +40,10 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, equal to it to rounding, and on a CPU about twice as fast."""
+    """`torch.nn.Linear`, equal to it to rounding, and on a CPU about twice as fast.
+
+    Second derivatives and `torch.func` need PyTorch's own: `with torch.backends.mkldnn.flags(enabled=False):`.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not _onednn_applies(x, self.weight):

@@ -140,13 +140,13 @@ def _write_split(
     digest = hashlib.sha256()
     stories = read_stories(data, split)
     with atomic_write(path) as file, tqdm(desc=split, unit=" stories", file=sys.stdout) as bar:
-        for batch, ids, text_bytes in encoded_batches(stories, tokenizer):
+        for ids, number, text_bytes in encoded_batches(stories, tokenizer):
             file.write(ids.tobytes())
             digest.update(ids.tobytes())
-            counts["stories"] += len(batch)
+            counts["stories"] += number
             counts["tokens"] += len(ids)
             counts["bytes"] += text_bytes
-            bar.update(len(batch))
+            bar.update(number)
         if not counts["stories"]:
             raise StoryLLMError(
                 f"{data.source} leaves no {split} stories: add some (in a .txt, a line of {END_OF_TEXT} "
@@ -169,23 +169,20 @@ def _write_split(
     return info
 
 
-def encoded_batches(
-    stories: Iterable[str], tokenizer: tiktoken.Encoding
-) -> Iterator[tuple[list[str], np.ndarray, int]]:
-    """Stories some thousand at a time, their ids (each with its end-of-text token) and the bytes of their text.
+def encoded_batches(stories: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Stories some thousand at a time: their ids, each story's with its end-of-text token, their number and bytes.
 
     Encoded in threads, one for each core, a few batches ahead of whoever takes them: in their order all the same.
     """
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
-        pending: deque[tuple[list[str], Future[tuple[np.ndarray, int]]]] = deque()
+        pending: deque[Future[tuple[np.ndarray, int, int]]] = deque()
         for batch in _batches(stories):
-            pending.append((batch, pool.submit(_encode, batch, tokenizer)))
+            pending.append(pool.submit(_encode, batch, tokenizer))
             if len(pending) > workers:
-                batch, encoded = pending.popleft()
-                yield batch, *encoded.result()
-        for batch, encoded in pending:
-            yield batch, *encoded.result()
+                yield pending.popleft().result()
+        for encoded in pending:
+            yield encoded.result()
 
 
 def _batches(stories: Iterable[str]) -> Iterator[list[str]]:
@@ -200,15 +197,16 @@ def _batches(stories: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(stories: list[str], tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, int]:
-    """All the stories' ids as one array, and their bytes of text: joined by the end-of-text mark, encoded at once."""
+def _encode(stories: list[str], tokenizer: tiktoken.Encoding) -> tuple[np.ndarray, int, int]:
+    """What `encoded_batches` gives of these stories: joined by the end-of-text mark, and encoded at once."""
     text = END_OF_TEXT.join([*stories, ""])
     text_bytes = len(text.encode()) - len(END_OF_TEXT) * len(stories)
     if text.count(END_OF_TEXT) == len(stories):
-        return tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(TOKEN_DTYPE), text_bytes
-    # A story holds the mark in its text, where it is not the end: each story by itself.
-    ids = [[*tokenizer.encode_ordinary(story), tokenizer.eot_token] for story in stories]
-    return np.concatenate([np.array(story, TOKEN_DTYPE) for story in ids]), text_bytes
+        ids = tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(TOKEN_DTYPE)
+    else:  # a story holds the mark in its text, where it is not the end: each story by itself
+        each = [[*tokenizer.encode_ordinary(story), tokenizer.eot_token] for story in stories]
+        ids = np.concatenate([np.array(story, TOKEN_DTYPE) for story in each])
+    return ids, len(stories), text_bytes
 
 
 def read_info(path: str | Path) -> TokenInfo:

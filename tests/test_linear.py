@@ -55,6 +55,19 @@ def test_this_machines_cpu_takes_onednn_where_it_is_float32_and_nowhere_else():
         assert Linear(4, 3)(x).dtype == torch.bfloat16
 
 
+def test_pytorchs_switch_for_onednn_is_obeyed():
+    """Then second derivatives and torch.func work as with any module."""
+    layer, x = Linear(4, 3), torch.randn(5, 4)
+
+    def loss(weight, row):
+        return (torch.func.functional_call(layer, {"weight": weight, "bias": layer.bias}, (row,)) ** 2).sum()
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(layer.weight, x)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(per_row.sum(0), layer.weight.grad)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 50, 1000])
 @pytest.mark.parametrize("onednn", [True, False])
 def test_loss_and_gradients_are_those_of_all_the_logits(monkeypatch, problem, rows, onednn):
