@@ -57,7 +57,7 @@ def _kept(logits: Tensor, temperature: float, top_k: int | None, top_p: float | 
             # Tokens under (1 - top_p) / V hold less than 1 - top_p together, so the others hold top_p: only they need
             # sorting. Half of it leaves room for rounding.
             likely = probs >= 0.5 * (1 - top_p) / probs.size(-1)
-            probs, ids = probs.topk(int(likely.sum(-1).max()), dim=-1)
+            probs, ids = probs.topk(max(1, int(likely.sum(-1).max())), dim=-1)
         # A token stays while those before it hold less than top_p; the first always does.
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
     return probs, ids
@@ -72,11 +72,16 @@ def draw(
 ) -> Tensor:
     """Draws the next token of each row by `next_token_probs`: (B, vocab_size) logits to (B,) ids.
 
-    One uniform number a row points into the running sum of the probabilities, among what the rules leave.
+    One uniform number a row points into the running sum of the probabilities, among what the rules leave. On a CPU,
+    raises StoryLLMError where the logits are not numbers.
     """
     probs, ids = _kept(logits, temperature, top_k, top_p)
     # On a CPU, cumsum adds up in float64 by itself.
     sums = probs.cumsum(-1, dtype=torch.float64 if probs.device.type == "cuda" else torch.float32)
+    if (
+        sums.device.type == "cpu" and not sums[:, -1].isfinite().all()
+    ):  # a GPU would have to be waited for; it stops by itself
+        raise StoryLLMError("the model gives no probabilities (its weights hold NaN): load another checkpoint")
     point = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator) * sums[:, -1:]
     chosen = torch.searchsorted(sums, point, right=True)  # (B, 1): the first whose running sum is beyond the point
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(1)

@@ -1,5 +1,6 @@
 """The storyteller: text in, text out."""
 
+import math
 import warnings
 
 import pytest
@@ -151,3 +152,11 @@ def test_a_seed_that_is_none_is_refused(teller, seed):
 def test_nothing_is_told_before_the_options_are_checked(teller):
     with pytest.raises(StoryLLMError, match="temperature is -1"):
         next(teller.stream("One day", temperature=-1.0))
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_weights_that_are_not_numbers_are_refused_in_one_line(teller, rules):
+    with torch.no_grad():
+        teller.model.transformer["ln_f"].weight.fill_(math.nan)
+    with pytest.raises(StoryLLMError, match="gives no probabilities"):
+        teller.tell("Once", **rules)
