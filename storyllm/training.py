@@ -256,8 +256,8 @@ class _Run:
     def _seconds_left(self, begun: int = 0) -> float:
         """How long the rest of the run will take, at its pace so far, when `begun` more iterations are done."""
         iteration = self.iteration + begun
-        points = range(self.evaluated + 1, self.end + 1)
-        evaluations = len([i for i in points if i % self.config.eval_interval == 0 or i == self.end])
+        interval = self.config.eval_interval
+        evaluations = self.end // interval - self.evaluated // interval + (self.end % interval > 0)  # one at the end
         return self.pace.seconds_left((self.end - iteration) * self.config.batch_size, evaluations)
 
     def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
