@@ -16,6 +16,7 @@ import io
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,14 +64,26 @@ def main(
     recipe = recipe.override({"model.vocab_size": vocab_size})
     print(machine())
     rate = matrix_rate(device, 256 if small else 8_192)
-    end_to_end(recipe, data_dir, iterations, peer_iterations, eval_batches, rate)
-    steps(recipe, repeats)
-    memory(recipe)
-    loss.main(tokens=64 if small else 16_384, device=device, repeats=repeats)
-    if small:
-        telling.main(device=device, recipe="demo", stories=(1, 2), repeats=1, beyond=2)
-    else:
-        telling.main(device=device, stories=(1, 256), repeats=repeats)
+    told = {"recipe": "demo", "stories": (1, 2), "beyond": 2} if small else {"stories": (1, 256)}
+    sections = {
+        "training": lambda: end_to_end(recipe, data_dir, iterations, peer_iterations, eval_batches, rate),
+        "updates": lambda: steps(recipe, repeats, rate),
+        "memory": lambda: memory(recipe),
+        "loss": lambda: loss.main(tokens=64 if small else 8_192, device=device, repeats=repeats),
+        "telling": lambda: telling.main(device=device, repeats=repeats, **told),
+    }
+    failed = []
+    for name, section in sections.items():
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            section()
+        except Exception:  # such as memory that is too small: the others are worth having all the same
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def matrix_rate(device: str, size: int) -> float:
@@ -107,31 +120,38 @@ def end_to_end(
     def batch(split: str) -> tuple[torch.Tensor, torch.Tensor]:
         return plain_loop.get_batch(paths[split], config.batch_size, recipe.model.block_size)
 
-    model = plain_loop.PlainGPT(recipe.model).to(chosen.device)
-    started = time.perf_counter()
-    losses = plain_loop.train(
-        model, lambda i: batch("train"), config, chosen.device.type, chosen.dtype, batch, eval_batches
-    )
-    for _ in losses:
-        pass
-    peer = time.perf_counter() - started
-    figures = {"ours": 1e3 * ours / iterations, f"plain loop ({chosen.dtype})": 1e3 * peer / peer_iterations}
-    print_table("an iteration, end to end", "ms", figures)
+    figures = {"ours": 1e3 * ours / iterations}
+    for evaluates in (True, False):
+        model = plain_loop.PlainGPT(recipe.model).to(chosen.device)
+        eval_batch = batch if evaluates else None
+        started = time.perf_counter()
+        for _ in plain_loop.train(
+            model, lambda i: batch("train"), config, chosen.device.type, chosen.dtype, eval_batch, eval_batches
+        ):
+            pass
+        name = f"plain loop, {'its' if evaluates else 'without'} evaluations"
+        figures[name] = 1e3 * (time.perf_counter() - started) / peer_iterations
+    print_table(f"an iteration, end to end, the peer in {chosen.dtype}", "ms", figures)
 
 
-def steps(recipe: storyllm.Recipe, repeats: int) -> None:
-    """An update with one thing at a time otherwise than "auto" has it."""
+def steps(recipe: storyllm.Recipe, repeats: int, rate: float) -> None:
+    """An update with one thing at a time otherwise than "auto" has it, in counted operations a second."""
+    chosen = choose_machine(recipe.train, recipe.model)
     variants: dict[str, dict] = {
         "ours": {},
         "float32": {"dtype": "float32"},
         "not compiled": {"compile": False},
-        **{f"{n} windows at once": {"micro_batch_size": n} for n in (32, 64, 128, 256, 512, 1_024)},
+        **({"compiled": {"compile": True}} if chosen.device.type == "cuda" else {}),
     }
     windows = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
-    most = min(windows, 2 * choose_machine(recipe.train, recipe.model).micro_batch_size)  # more may not fit
-    variants = {name: fields for name, fields in variants.items() if fields.get("micro_batch_size", 0) <= most}
+    for size in (32, 64, 128, 256, 512, 1_024):
+        if size <= min(windows, 2 * chosen.micro_batch_size):  # more may not fit
+            variants[f"not compiled, {size} windows at once"] = {"compile": False, "micro_batch_size": size}
     seconds = in_turn({name: step(recipe, **fields) for name, fields in variants.items()}, repeats)
-    print_table(f"an update of {windows} windows", "ms", {name: 1e3 * value for name, value in seconds.items()})
+    operations = windows * recipe.model.block_size * flops_per_token(recipe.model)
+    rates = {name: operations / value / 1e12 for name, value in seconds.items()}
+    title = f"an update of {windows} windows ({chosen.why})"
+    print_table(title, "TFLOP/s", {**rates, "the matrix rate": rate / 1e12}, less_is_better=False)
 
 
 def step(recipe: storyllm.Recipe, **fields: object) -> Callable[[], object]:

@@ -27,6 +27,8 @@ def all_logits(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def pytorch_chunks(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    if x.device.type == "cuda":  # it does not look at autocast by itself
+        x, weight = x.half(), weight.half()
     return F.linear_cross_entropy(x, weight, targets, options=torch.nn.LinearCrossEntropyOptions())
 
 
@@ -53,9 +55,10 @@ def main(tokens: int = 4_096, device: str = "cpu", repeats: int = 3, alone: str 
     """Compares loss and gradients of `tokens` tokens. `alone` is for the processes that it starts itself."""
     inputs = problem(tokens, device)
     if alone is not None:
-        before = sum(resident_memory().values())
+        on_gpu = device == "cuda"
+        before = torch.cuda.memory_allocated() / 1e6 if on_gpu else sum(resident_memory().values())
         with_gradients(LOSSES[alone], *inputs)
-        print(torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else peak_memory() - before)
+        print((torch.cuda.max_memory_allocated() / 1e6 if on_gpu else peak_memory()) - before)
         return
     print(f"{machine()}, {tokens:,} tokens, {CONFIG.n_embd} channels, {CONFIG.vocab_size:,} ids, medians of {repeats}")
     expected = with_gradients(all_logits, *inputs)
@@ -67,6 +70,8 @@ def main(tokens: int = 4_096, device: str = "cpu", repeats: int = 3, alone: str 
         print(f"  {name}: loss and gradients differ by {', '.join(f'{d:.0e}' for d in differences)} of their norm")
     functions = {name: lambda loss_of=loss_of: with_gradients(loss_of, *inputs) for name, loss_of in LOSSES.items()}
     print_table("loss and gradients", "s", in_turn(functions, repeats))
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the processes that come now need it
     arguments = ("--tokens", str(tokens), "--device", device)
     peaks = {name: in_own_process(__file__, *arguments, "--alone", name)[0] for name in LOSSES}
     print_table("peak memory above the inputs, gradients included", "MB", peaks)

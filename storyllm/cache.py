@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -59,31 +60,39 @@ class FixedKVCache(KVCache):
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.data[layer]
+        k, v = k.to(keys.dtype), v.to(values.dtype)  # under autocast they may come in another
         return keys.index_copy_(2, self.position, k), values.index_copy_(2, self.position, v)
 
     def mask(self, T: int) -> Tensor:
         return (torch.arange(self.data.size(4), device=self.data.device) <= self.position)[None]  # (1, S)
 
 
-def capture(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device: the libraries keep working memory for every stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
+def capture(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """`step` as a CUDA graph: one launch instead of hundreds, each of which would take longer than its work.
 
     It must be free to run several times, with the same memory for what goes in and out. Where it cannot be captured, a
     line says so and it stays as it is.
     """
+    stream = _capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # makes the device the current one as well
             for _ in range(2):  # libraries choose their kernels and take their memory before the capture
                 step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = step()
     except RuntimeError as error:
         print(f"CUDA graphs do not work here ({str(error).splitlines()[0]}): telling goes on without them")
         return step
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def replay() -> Tensor:
         graph.replay()

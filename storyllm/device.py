@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .config import GPTConfig, StoryLLMError, TrainConfig
-from .pace import flops_per_token, peak_flops
+from .pace import PEAK_FLOPS, duration, flops_per_token, peak_flops
 
 # What "auto" takes for micro_batch_size. A CPU gets CPU_TOKENS tokens at once, a GPU one token for each
 # GPU_BYTES_PER_TOKEN of its memory, as far as GPU_TOKENS, which keep any of today's busy; a model of more than 6 x 384
@@ -20,9 +20,10 @@ GPU_BYTES_PER_TOKEN = 1 << 20
 GPU_TOKENS = 65_536
 CHANNELS = 6 * 384
 
-# Compiling takes about a minute. It is worth that from so many operations on: a minute of a T4 at a quarter of its
-# rate.
-COMPILE_FLOPS = 1e15
+# Compiling takes about a minute and may save a third of a run: it is for runs that take so many seconds otherwise, at a
+# quarter of the GPU's highest rate (one that is not in the table counts as a T4).
+COMPILE_SECONDS = 300
+USUAL_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
     dtype = best if train.dtype == "auto" else getattr(torch, train.dtype)
     if train.dtype != "auto":
         reason = " (as asked for)"
-    compiled, compile_reason = auto_compile(capability, train, model)
+    peak = peak_flops(name, dtype)
+    compiled, compile_reason = auto_compile(capability, peak, train, model)
     if train.compile != "auto":
         compiled, compile_reason = train.compile, "as asked for"
     if train.micro_batch_size == "auto":
@@ -91,7 +93,7 @@ def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
         f"{name}, {str(dtype).removeprefix('torch.')}{reason}, {micro_batch_size} windows at once, "
         f"{'compiled' if compiled else 'not compiled'} ({compile_reason})"
     )
-    return Machine(device, dtype, compiled, micro_batch_size, why, peak_flops(name, dtype))
+    return Machine(device, dtype, compiled, micro_batch_size, why, peak)
 
 
 def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTConfig) -> int:
@@ -106,15 +108,18 @@ def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTCo
     return divisor if divisor > largest // 2 else largest
 
 
-def auto_compile(capability: tuple[int, int], train: TrainConfig, model: GPTConfig) -> tuple[bool, str]:
+def auto_compile(
+    capability: tuple[int, int], peak: float | None, train: TrainConfig, model: GPTConfig
+) -> tuple[bool, str]:
     """Is this run to be compiled, on a CUDA GPU of that compute capability ((0, 0): on none)? And why."""
     if capability < (7, 0):
         return False, "that is for CUDA GPUs from 7.0 on"
     if find_spec("triton") is None:
         return False, "triton is not installed"
-    flops = train.max_iters * train.batch_size * model.block_size * flops_per_token(model)
-    worth = flops >= COMPILE_FLOPS
-    return worth, f"{flops:.1e} operations, worth it from {COMPILE_FLOPS:.0e} on"
+    iterations = min(train.stop_at or train.max_iters, train.max_iters)
+    flops = iterations * train.batch_size * model.block_size * flops_per_token(model)
+    seconds = flops / (USUAL_SHARE * (peak or PEAK_FLOPS["T4"]))
+    return seconds >= COMPILE_SECONDS, f"a run of some {duration(seconds)}, it pays from {duration(COMPILE_SECONDS)} on"
 
 
 def auto_dtype(capability: tuple[int, int]) -> tuple[torch.dtype, str]:

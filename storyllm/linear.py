@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Logits that exist at a time. On a CPU they should take less than the 32 MiB from which glibc gives memory back to the
-# system after each use, to be zeroed again; a GPU needs some thousand rows to be busy.
+# system after each use, to be zeroed again; a GPU needs a few thousand rows to be busy.
 CPU_LOGITS = 6_500_000
-GPU_LOGITS = 300_000_000
+GPU_LOGITS = 150_000_000
+
+# The gradient of the weights is summed over rows in the products' format, and fp16 ends at 65,504: it is taken of so
+# small a part (a power of two: exact), and multiplied again in float32.
+FP16_PART = 2.0**-4
 
 
 def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
@@ -82,14 +86,25 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(x, weight, targets, dtype) / len(targets)
     with torch.autocast(device, enabled=False):
-        weight = weight.to(dtype)
-        chunks = zip(*(part.split(_rows_at_once(weight)) for part in (x.to(dtype), targets)), strict=True)
-        losses = [F.cross_entropy(_product(xc, weight).float(), yc, reduction="sum") for xc, yc in chunks]
+        padded = _padded(weight, dtype)
+        rows = _rows_at_once(padded)
+        losses = [
+            F.cross_entropy(_product(xc, padded)[:, : len(weight)].float(), yc, reduction="sum")
+            for xc, yc in zip(x.to(dtype).split(rows), targets.split(rows), strict=True)
+        ]
     return torch.stack(losses).sum() / len(targets)
 
 
 def _rows_at_once(weight: Tensor) -> int:
-    return max(1, (CPU_LOGITS if weight.device.type == "cpu" else GPU_LOGITS) // len(weight))
+    if weight.device.type == "cpu":
+        return max(1, CPU_LOGITS // len(weight))
+    return max(64, GPU_LOGITS // len(weight) // 64 * 64)
+
+
+def _padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The (V, C) weights in the products' format, with rows of zeros where the device wants them."""
+    padding = _padding(len(weight), weight.device)
+    return F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
 
 
 def _padding(vocab_size: int, device: torch.device) -> int:
@@ -123,16 +138,16 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss and its gradients with respect to (N, C) `x` and (V, C) `weight`."""
     vocab_size = len(weight)
-    padding = _padding(vocab_size, x.device)
-    padded = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
+    padded = _padded(weight, dtype)
     grad_weight = torch.zeros(padded.shape, dtype=torch.float32, device=x.device)
     loss, grads_x = torch.zeros((), device=x.device), []
     rows = _rows_at_once(padded)
     for xc, yc in zip(x.split(rows), targets.split(rows), strict=True):
         logits = _product(xc, padded).float()  # (rows, V)
-        if padding:
+        if len(padded) > vocab_size:
             logits[:, vocab_size:] = -math.inf
         log_probs = logits.log_softmax(-1)
+        del logits
         loss = loss - log_probs.gather(1, yc[:, None]).sum()
         grad_logits = log_probs.exp_()  # the gradient of cross-entropy: the probabilities, less one for the target
         grad_logits.scatter_add_(1, yc[:, None], torch.full_like(yc[:, None], -1, dtype=torch.float32))
@@ -140,6 +155,9 @@ def _loss_and_gradients(
         grads_x.append(_product(grad_logits, padded.t()))
         if dtype == torch.float32:
             grad_weight.addmm_(grad_logits.t(), xc)
+        elif dtype == torch.float16:
+            grad_weight += (grad_logits.t() @ (xc * FP16_PART)).float() / FP16_PART
         else:
             grad_weight += grad_logits.t() @ xc
+        del log_probs, grad_logits  # before the next chunk's take their place beside them
     return loss, torch.cat(grads_x), grad_weight[:vocab_size]

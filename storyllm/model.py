@@ -20,6 +20,9 @@ from .config import GPTConfig, StoryLLMError
 from .linear import Linear, linear_cross_entropy
 from .sampling import check_sampling, draw
 
+# Steps of telling from which on a CUDA graph of one is made: the capture takes as long as some steps without it.
+CAPTURE_STEPS = 32
+
 
 class CausalSelfAttention(nn.Module):
     """Each token looks at itself and those before it, with `n_head` heads (Vaswani et al. 2017)."""
@@ -195,7 +198,7 @@ class GPT(nn.Module):
         check_sampling(temperature, top_k, top_p)
         if idx.ndim != 2 or idx.size(1) == 0:
             raise StoryLLMError(f"idx has shape {tuple(idx.shape)}, expected (B, T) with T of at least 1")
-        next_logits = self._decoder(idx.size(0), idx.device) if use_cache else self.next_logits
+        next_logits = self._decoder(idx, max_new_tokens) if use_cache else self.next_logits
         for step in range(max_new_tokens):
             next_ids = draw(next_logits(idx), temperature, top_k, top_p, generator)
             if forced is not None:
@@ -203,12 +206,13 @@ class GPT(nn.Module):
             idx = torch.cat([idx, next_ids[:, None]], dim=1)
             yield next_ids
 
-    def _decoder(self, batch_size: int, device: torch.device) -> Callable[[Tensor], Tensor]:
+    def _decoder(self, prompt: Tensor, max_new_tokens: int) -> Callable[[Tensor], Tensor]:
         """`next_logits` for ids that grow by a token a call: through a cache and, on a CUDA GPU, a graph of a step."""
-        cache = KVCache(self.config, batch_size, device, self.lm_head.weight.dtype)
-        if not _captures(device):
+        B, device = prompt.size(0), prompt.device
+        cache = KVCache(self.config, B, device, self.lm_head.weight.dtype)
+        if not _worth_capturing(device, min(max_new_tokens, self.config.block_size - prompt.size(1))):
             return lambda idx: self.next_logits(idx, cache)
-        last = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # what goes into the graph
+        last = torch.zeros(B, 1, dtype=torch.long, device=device)  # what goes into the graph
         fixed: FixedKVCache | None = None
         step: Callable[[], Tensor] | None = None
 
@@ -219,7 +223,7 @@ class GPT(nn.Module):
             last.copy_(idx[:, -1:])
             if fixed is None or step is None:
                 fixed = FixedKVCache(cache)
-                step = capture(lambda: self._logits_after(last, fixed))
+                step = capture(lambda: self._logits_after(last, fixed), device)
             fixed.position.fill_(idx.size(1) - 1)
             return step()
 
@@ -244,6 +248,6 @@ class GPT(nn.Module):
         return self.lm_head(x[:, -1])
 
 
-def _captures(device: torch.device) -> bool:
-    """Is a step of telling so short on this device that launching it is what takes the time?"""
-    return device.type == "cuda"
+def _worth_capturing(device: torch.device, steps: int) -> bool:
+    """Is a step so short on this device that launching it takes the time, and does the capture pay for itself?"""
+    return device.type == "cuda" and steps >= CAPTURE_STEPS

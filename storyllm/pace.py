@@ -43,7 +43,7 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
     """The highest rate of the GPU of that name, in operations a second; None if it is not known, or for float32."""
     if dtype == torch.float32:
         return None
-    names = (name for name in PEAK_FLOPS if re.search(rf"\b{name}\b(?! Ti| SUPER| D| Laptop)", device_name))
+    names = (name for name in PEAK_FLOPS if re.search(rf"\b{name}\b(?! Ti| SUPER| D| Laptop| NVL|.*MIG)", device_name))
     return next((PEAK_FLOPS[name] for name in names), None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 from itertools import pairwise
 from pathlib import Path
@@ -127,7 +128,7 @@ def _head(axes: Axes, log: Log, last: int) -> None:
     if seconds := list(_series(log.updates + log.evaluations, "seconds").values()):
         about += [f"{seconds[-1] / 60:,.{0 if seconds[-1] > 600 else 1}f} minutes"]
     if device := log.run.get("device"):
-        about += [str(device)]
+        about += [re.sub(r" \(.*?\)", "", str(device))]  # what was chosen; the log also says why
     if tokens := settings.get("batch_size", 0) * recipe.get("model", {}).get("block_size", 0):
         top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens, lambda x: x / tokens))
         top.xaxis.set_major_formatter(lambda count, _: f"{count / 1e6:,g}")

@@ -45,8 +45,8 @@ def _kept(logits: Tensor, temperature: float, top_k: int | None, top_p: float | 
     """
     logits, ids = logits.float(), None
     if temperature == 0:
-        ids = logits.argmax(-1, keepdim=True)
-        return torch.ones_like(ids, dtype=torch.float32), ids
+        largest, ids = logits.max(-1, keepdim=True)
+        return torch.where(largest.isnan(), largest, 1.0), ids
     if temperature != 1:
         logits = logits / max(temperature, 1e-30)  # greedy long before that, and a division by less would overflow
     if top_k is not None and top_k < logits.size(-1):
@@ -55,7 +55,7 @@ def _kept(logits: Tensor, temperature: float, top_k: int | None, top_p: float | 
     if top_p is not None and top_p < 1:
         if ids is None:
             # Tokens under (1 - top_p) / V hold less than 1 - top_p together, so the others hold top_p: only they need
-            # sorting. Half of it leaves room for rounding.
+            # sorting (a GPU is waited for to say how many). Half of it leaves room for rounding.
             likely = probs >= 0.5 * (1 - top_p) / probs.size(-1)
             probs, ids = probs.topk(max(1, int(likely.sum(-1).max())), dim=-1)
         # A token stays while those before it hold less than top_p; the first always does.
@@ -78,10 +78,9 @@ def draw(
     probs, ids = _kept(logits, temperature, top_k, top_p)
     # On a CPU, cumsum adds up in float64 by itself.
     sums = probs.cumsum(-1, dtype=torch.float64 if probs.device.type == "cuda" else torch.float32)
-    if (
-        sums.device.type == "cpu" and not sums[:, -1].isfinite().all()
-    ):  # a GPU would have to be waited for; it stops by itself
+    if sums.device.type == "cpu" and not sums[:, -1].isfinite().all():  # looking would mean waiting for a GPU
         raise StoryLLMError("the model gives no probabilities (its weights hold NaN): load another checkpoint")
     point = torch.rand(len(sums), 1, dtype=sums.dtype, device=sums.device, generator=generator) * sums[:, -1:]
     chosen = torch.searchsorted(sums, point, right=True)  # (B, 1): the first whose running sum is beyond the point
+    chosen = chosen.clamp(max=sums.size(-1) - 1)  # a GPU must not be asked for an id that is not there, even by NaN
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(1)

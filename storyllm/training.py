@@ -263,9 +263,10 @@ class _Run:
     def _micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The windows on the device, in pieces that fit it. An interrupt takes effect here, between two of them."""
         size = self.machine.micro_batch_size
+        x, y = x.to(self.machine.device), y.to(self.machine.device)  # in one go: each copy would wait for a GPU
         for xb, yb in zip(x.split(size), y.split(size), strict=True):
             self.interrupt.check()
-            yield xb.to(self.machine.device), yb.to(self.machine.device)
+            yield xb, yb
 
     def _with_progress(
         self, micro_batches: Iterator[tuple[Tensor, Tensor]], bar: tqdm
@@ -355,7 +356,9 @@ class _Run:
 
     def _loss_function(self) -> LossFunction:
         """`model.loss`, compiled where that was chosen and works. It is tried: its time begins the run's pace."""
-        x, y = self._windows("train", self.machine.micro_batch_size, np.random.default_rng(0))
+        in_update = self.config.batch_size * self.config.gradient_accumulation_steps
+        size = min(self.machine.micro_batch_size, in_update)
+        x, y = (part.contiguous() for part in self._windows("train", size, np.random.default_rng(0)))
         try:
             loss_of = self._compiled_loss(x, y) if self.machine.compile else self.model.loss
             self._try(loss_of, x, y)  # what takes time only once
@@ -377,7 +380,8 @@ class _Run:
             self.machine = dataclasses.replace(self.machine, compile=False, why=why)
             return self.model.loss
         # What is left over at the end of an update has another size: it is not worth a compilation of its own.
-        return lambda x, y: (compiled if len(x) == self.machine.micro_batch_size else self.model.loss)(x, y)
+        size = len(x)
+        return lambda x, y: (compiled if len(x) == size else self.model.loss)(x, y)
 
     def _try(self, loss_of: LossFunction, x: Tensor, y: Tensor) -> None:
         """Takes a gradient, and waits until it is there."""

@@ -70,11 +70,17 @@ def test_compilation_is_for_runs_that_are_worth_it(gpu, monkeypatch):
     gpu(T4)
     faithful, demo = RECIPES["faithful"], RECIPES["demo"]
     machine = choose_machine(faithful.train, faithful.model)
-    assert machine.compile and "compiled (1.5e+16 operations, worth it from 1e+15 on)" in machine.why
+    assert machine.compile and "compiled (a run of some 15.4 minutes, it pays from 5.0 minutes on)" in machine.why
     machine = choose_machine(demo.train, demo.model)
-    assert not machine.compile and "not compiled (1.4e+13 operations, worth it from 1e+15 on)" in machine.why
+    assert not machine.compile and "not compiled (a run of some 1 seconds, it pays from" in machine.why
+    short = faithful.override({"train.stop_at": 1_000})
+    assert not choose_machine(short.train, short.model).compile
     assert choose_machine(TrainConfig(compile=True), demo.model).compile
     assert not choose_machine(TrainConfig(compile=False), faithful.model).compile
+    gpu(H200)  # does it in a minute anyway
+    assert not choose_machine(faithful.train, faithful.model).compile
+    gpu(types.SimpleNamespace(name="Some GPU", capability=(8, 6), total_memory=8 << 30))  # as if it were a T4
+    assert choose_machine(faithful.train, faithful.model).compile
     monkeypatch.setattr("storyllm.device.find_spec", lambda name: None)
     machine = choose_machine(faithful.train, faithful.model)
     assert not machine.compile and "not compiled (triton is not installed)" in machine.why

@@ -154,7 +154,7 @@ def test_nothing_is_told_before_the_options_are_checked(teller):
         next(teller.stream("One day", temperature=-1.0))
 
 
-@pytest.mark.parametrize("rules", [{}, {"top_k": 5}, {"top_p": 0.9}])
+@pytest.mark.parametrize("rules", [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}])
 def test_weights_that_are_not_numbers_are_refused_in_one_line(teller, rules):
     with torch.no_grad():
         teller.model.transformer["ln_f"].weight.fill_(math.nan)

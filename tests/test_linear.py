@@ -124,6 +124,16 @@ def test_small_gradients_survive_fp16(monkeypatch):
     assert (ours[1] - theirs[1]).norm() < 0.01 * theirs[1].norm()
 
 
+def test_sums_over_many_rows_do_not_overflow_fp16():
+    """A token that is the target of every row: its gradient is a sum that fp16 cannot hold, with any loss scale."""
+    x, weight = torch.full((6_000, 16), 20.0, requires_grad=True), torch.zeros(100, 16, requires_grad=True)
+    targets = torch.zeros(6_000, dtype=torch.long)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = linear_cross_entropy(x, weight, targets)
+    ours, theirs = gradients(loss, weight), gradients(F.cross_entropy(x @ weight.t(), targets), weight)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0.01, atol=0.01)
+
+
 def test_the_loss_keeps_a_third_of_the_memory_at_most():
     """What autograd keeps for the backward pass, for 512 rows of a vocabulary that is large beside the channels."""
     x, weight = torch.randn(512, 16, requires_grad=True), torch.randn(20_000, 16, requires_grad=True)

@@ -190,12 +190,12 @@ def test_the_steps_that_a_gpu_captures_give_the_same_logits(monkeypatch, flash_a
     """A CUDA GPU's path on the CPU: fixed shapes, a step taken more than once, ids through a buffer."""
     captured = []
 
-    def capture(step):
+    def capture(step, device):
         captured.append(step())
         return step
 
     monkeypatch.setattr(model_module, "capture", capture)
-    monkeypatch.setattr(model_module, "_captures", lambda device: True)
+    monkeypatch.setattr(model_module, "_worth_capturing", lambda device, steps: True)
     model, prompt = make(flash_attention=flash_attention), ids(3, 5)
     fixed, fresh = (
         list(model.stream(prompt, 30, generator=torch.Generator().manual_seed(0), use_cache=use_cache))
@@ -203,11 +203,18 @@ def test_the_steps_that_a_gpu_captures_give_the_same_logits(monkeypatch, flash_a
     )
     assert torch.equal(torch.stack(fixed), torch.stack(fresh))
     assert len(captured) == 1
-    decoder = model._decoder(3, torch.device("cpu"))
+    decoder = model._decoder(prompt, 12)
     with torch.inference_mode():
         for length in range(5, 17):
             expected = model.next_logits(ids(3, 16)[:, :length])
             torch.testing.assert_close(decoder(ids(3, 16)[:, :length]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_is_captured_where_it_pays():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert model_module._worth_capturing(cuda, 112)
+    assert not model_module._worth_capturing(cuda, 5)
+    assert not model_module._worth_capturing(cpu, 112)
 
 
 def test_beyond_the_context_the_last_tokens_are_fed_afresh():

@@ -36,6 +36,8 @@ def test_the_weights_that_multiply_are_the_models_matrices():
         ("NVIDIA GeForce RTX 4080 SUPER", None),
         ("NVIDIA GeForce RTX 3070 Laptop GPU", None),
         ("NVIDIA L40S", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
         ("CPU", None),
         ("Apple GPU (MPS)", None),
     ],

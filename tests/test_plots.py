@@ -31,7 +31,11 @@ def make_log(iterations: int, every: int, recipe: str = "demo") -> Log:
     settings = RECIPES[recipe].override({"train.max_iters": 1_000}).to_dict()
     losses = [2 + 5 / (1 + i / 20) for i in range(iterations + 1)]
     return Log(
-        run={"event": "run", "recipe": settings, "device": "a quick brown fox, bfloat16"},
+        run={
+            "event": "run",
+            "recipe": settings,
+            "device": "a quick brown fox, bfloat16 (it can), not compiled (why not)",
+        },
         updates=[
             {"iteration": i, "train_loss": losses[i] + 0.1 * (i % 3), "learning_rate": 1e-3 / i, "seconds": 0.3 * i}
             for i in range(1, iterations + 1)
@@ -90,7 +94,7 @@ def test_the_best_is_the_lowest_validation_loss_not_the_last():
 
 def test_the_title_tells_the_run():
     text = words(plot_losses(make_log(1_000, 100)))
-    assert "1,000 iterations" in text and "5.0 minutes" in text and "a quick brown fox, bfloat16" in text
+    assert "1,000 iterations" in text and "5.0 minutes" in text and "a quick brown fox, bfloat16, not compiled" in text
     assert "800 of 1,000 iterations" in words(plot_losses(make_log(800, 100)))
 
 
