@@ -139,8 +139,9 @@ def _parquet_stories(path: Path, column: str) -> Iterator[str]:
             if column not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 raise StoryLLMError(f"{path} has no column {column!r}, expected one of {names}: set data.text_column")
-            for batch in file.iter_batches(batch_size=1_000, columns=[column]):
-                yield from batch.column(0).to_pylist()
+            for group in range(file.num_row_groups):  # asked for all at once, pyarrow reads the whole file ahead
+                for batch in file.iter_batches(batch_size=1_000, columns=[column], row_groups=[group]):
+                    yield from batch.column(0).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise StoryLLMError(f"{path} is not a whole parquet file ({reason}): get it again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -564,3 +565,21 @@ def test_hidden_files_are_not_stories(tmp_path: Path) -> None:
     written(tmp_path / ".b.txt", b"hidden")
     written(tmp_path / "a.txt", b"new")
     assert read(tmp_path) == ["new"]
+
+
+def test_a_large_parquet_is_not_read_ahead(tmp_path):
+    """Of twenty row groups, no more than a few are in memory at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    letters = random.Random(0).choices("abcdefghijklmnop", k=200_000)
+    path = tmp_path / "stories.parquet"
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())]), compression="none", use_dictionary=False) as writer:
+        for _ in range(20):
+            random.Random(1).shuffle(letters)
+            writer.write_table(pa.table({"text": ["".join(letters)] * 5}))
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in read_stories(DataConfig(source=str(path)), "train"):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert path.stat().st_size > 19_000_000
+    assert most < 5_000_000
