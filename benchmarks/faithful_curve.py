@@ -8,10 +8,9 @@ The schedule is that of all 20,000 iterations, wherever the run stops. Run again
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import tyro
+from side_by_side import command_line
 
 import storyllm
 
@@ -56,4 +55,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    command_line(main)

@@ -24,8 +24,7 @@ import loss
 import plain_loop
 import telling
 import torch
-import tyro
-from side_by_side import in_turn, machine, print_table
+from side_by_side import command_line, in_turn, machine, print_table
 
 import storyllm
 from storyllm.device import choose_machine
@@ -190,4 +189,4 @@ def memory(recipe: storyllm.Recipe) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

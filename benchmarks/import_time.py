@@ -8,8 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import tyro
-from side_by_side import in_turn, machine, print_table
+from side_by_side import command_line, in_turn, machine, print_table
 
 
 def main(repeats: int = 7) -> None:
@@ -23,4 +22,4 @@ def main(repeats: int = 7) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

@@ -12,8 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import tyro
-from side_by_side import in_own_process, in_turn, machine, peak_memory, print_table, resident_memory
+from side_by_side import command_line, in_own_process, in_turn, machine, peak_memory, print_table, resident_memory
 from torch import Tensor
 
 import storyllm
@@ -78,4 +77,4 @@ def main(tokens: int = 4_096, device: str = "cpu", repeats: int = 3, alone: str 
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

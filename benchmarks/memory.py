@@ -15,8 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-import tyro
-from side_by_side import in_own_process, peak_memory
+from side_by_side import command_line, in_own_process, peak_memory
 
 import storyllm
 from storyllm.checkpoint import model_contents, save_checkpoint
@@ -90,4 +89,4 @@ def main(device: str = "auto", repeats: int = 3, task: str | None = None) -> Non
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

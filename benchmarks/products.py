@@ -8,8 +8,7 @@ The shapes are `faithful`'s: the MLP's first layer, and the head; rows are token
 from __future__ import annotations
 
 import torch
-import tyro
-from side_by_side import in_turn, machine, print_table
+from side_by_side import command_line, in_turn, machine, print_table
 from torch import nn
 
 from storyllm import RECIPES
@@ -41,4 +40,4 @@ def main(rows: tuple[int, ...] = (1, 32, 128, 1_024), repeats: int = 15) -> None
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

@@ -11,8 +11,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+import tyro
+
+import storyllm
+
+
+def command_line(main: Callable[..., int | None]) -> NoReturn:
+    """Runs `main` with the command line's options and leaves; bad input is one line and exit code 2."""
+    try:
+        sys.exit(tyro.cli(main))
+    except storyllm.StoryLLMError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def in_turn(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

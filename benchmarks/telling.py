@@ -12,8 +12,7 @@ from __future__ import annotations
 import plain_loop
 import torch
 import transformers
-import tyro
-from side_by_side import in_turn, machine, print_table
+from side_by_side import command_line, in_turn, machine, print_table
 
 import storyllm
 
@@ -83,4 +82,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

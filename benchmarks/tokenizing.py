@@ -19,8 +19,7 @@ import datasets
 import plain_loop
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tyro
-from side_by_side import in_own_process, in_turn, machine, peak_memory, print_table
+from side_by_side import command_line, in_own_process, in_turn, machine, peak_memory, print_table
 
 import storyllm
 
@@ -108,4 +107,4 @@ def prepare_alone(source: str, tokenizer: str) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

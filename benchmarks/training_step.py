@@ -13,8 +13,7 @@ from collections.abc import Callable
 
 import plain_loop
 import torch
-import tyro
-from side_by_side import in_own_process, in_turn, machine, peak_memory, print_table
+from side_by_side import command_line, in_own_process, in_turn, machine, peak_memory, print_table
 
 import storyllm
 from storyllm.device import choose_machine
@@ -59,4 +58,4 @@ def main(recipe: str = "faithful", repeats: int = 5, alone: str | None = None) -
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

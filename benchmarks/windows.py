@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import plain_loop
 import torch
-import tyro
-from side_by_side import in_turn, machine, print_table, resident_memory
+from side_by_side import command_line, in_turn, machine, print_table, resident_memory
 
 from storyllm.tokens import TOKEN_DTYPE, random_windows
 
@@ -66,4 +65,4 @@ def memory(take: Callable[[], object], batches: int, file_size: int) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    command_line(main)

@@ -53,6 +53,13 @@ def test_a_benchmark_runs_at_its_smallest(script, tiny_data, tmp_path):
         assert "the same bytes: True" in done.stdout
 
 
+def test_bad_input_is_one_line_and_exit_code_2():
+    command = [sys.executable, str(BENCHMARKS / "training_step.py"), "--recipe", "nix"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("there is no recipe 'nix'") and done.stderr.count("\n") == 1
+
+
 def test_a_fast_run_and_a_plain_run_come_to_the_same_losses(tiny_data, tmp_path, monkeypatch):
     """A hundred iterations from the same seed and windows, without dropout: equal to rounding, and learning."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
