@@ -17,21 +17,18 @@ import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import loss
 import plain_loop
 import telling
 import torch
-from side_by_side import command_line, in_turn, machine, print_table
+from side_by_side import command_line, in_turn, machine, print_table, update
 
 import storyllm
 from storyllm.device import choose_machine
-from storyllm.optim import make_optimizer
 from storyllm.pace import flops_per_token
 from storyllm.tokens import open_tokens
-from storyllm.training import train_step
 
 T4_WINDOWS = 64  # what "auto" lets through a T4 at once
 
@@ -146,25 +143,23 @@ def steps(recipe: storyllm.Recipe, repeats: int, rate: float) -> None:
     for size in (32, 64, 128, 256, 512, 1_024):
         if size <= min(windows, 2 * chosen.micro_batch_size):  # more may not fit
             variants[f"not compiled, {size} windows at once"] = {"compile": False, "micro_batch_size": size}
-    seconds = in_turn({name: step(recipe, **fields) for name, fields in variants.items()}, repeats)
+    x, y = batch_of(recipe)
+    seconds = in_turn({name: update(changed(recipe, **fields), x, y) for name, fields in variants.items()}, repeats)
     operations = windows * recipe.model.block_size * flops_per_token(recipe.model)
     rates = {name: operations / value / 1e12 for name, value in seconds.items()}
     title = f"an update of {windows} windows ({chosen.why})"
     print_table(title, "TFLOP/s", {**rates, "the matrix rate": rate / 1e12}, less_is_better=False)
 
 
-def step(recipe: storyllm.Recipe, **fields: object) -> Callable[[], object]:
-    """What takes an update of `recipe` with some training fields changed, on random ids."""
-    config = dataclasses.replace(recipe.train, **fields)
-    chosen = choose_machine(config, recipe.model)
-    model = storyllm.GPT(recipe.model).to(chosen.device).train()
-    optimizer, scaler = make_optimizer(model, config), chosen.grad_scaler()
-    shape = (2, config.batch_size * config.gradient_accumulation_steps, recipe.model.block_size)
-    x, y = torch.randint(recipe.model.vocab_size, shape, device=chosen.device)
-    loss_of = torch.compile(model.loss, dynamic=False) if chosen.compile else model.loss
-    size = chosen.micro_batch_size
-    parts = list(zip(x.split(size), y.split(size), strict=True))
-    return lambda: train_step(loss_of, parts, optimizer, scaler, chosen, config, config.learning_rate)
+def changed(recipe: storyllm.Recipe, **fields: object) -> storyllm.Recipe:
+    """`recipe` with these fields of its training changed."""
+    return recipe.override({f"train.{name}": value for name, value in fields.items()})
+
+
+def batch_of(recipe: storyllm.Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random inputs and targets for an update."""
+    windows = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
+    return torch.randint(recipe.model.vocab_size, (2, windows, recipe.model.block_size)).unbind()
 
 
 def memory(recipe: storyllm.Recipe) -> None:
@@ -174,8 +169,8 @@ def memory(recipe: storyllm.Recipe) -> None:
         return
     tell = storyllm.GPT(recipe.model).cuda().eval()
     tasks = {
-        f"a step, float16, {T4_WINDOWS} windows at once, not compiled": step(
-            recipe, dtype="float16", micro_batch_size=T4_WINDOWS, compile=False
+        f"a step, float16, {T4_WINDOWS} windows at once, not compiled": update(
+            changed(recipe, dtype="float16", micro_batch_size=T4_WINDOWS, compile=False), *batch_of(recipe)
         ),
         "telling 200 tokens": lambda: tell.generate(torch.zeros(1, 1, dtype=torch.long, device="cuda"), 200),
     }

@@ -15,30 +15,23 @@ import tempfile
 from pathlib import Path
 
 import torch
-from side_by_side import command_line, in_own_process, peak_memory
+from side_by_side import command_line, in_own_process, peak_memory, update
 
 import storyllm
 from storyllm.checkpoint import model_contents, save_checkpoint
 from storyllm.device import choose_device, choose_machine
 from storyllm.optim import make_optimizer
 from storyllm.tokenizer import train_bpe
-from storyllm.training import train_step
 
 RECIPE = storyllm.RECIPES["faithful"]
 
 
 def step(device: str, gradient_checkpointing: bool) -> None:
     """Two micro-batches of the size that "auto" takes here, and an update."""
-    config = dataclasses.replace(RECIPE.train, device=device)
-    machine = choose_machine(config, RECIPE.model)
-    model = storyllm.GPT(dataclasses.replace(RECIPE.model, gradient_checkpointing=gradient_checkpointing))
-    model.to(machine.device).train()
-    optimizer = make_optimizer(model, config)
-    shape = (2, machine.micro_batch_size, RECIPE.model.block_size)
-    x, y = torch.randint(RECIPE.model.vocab_size, (2, *shape), device=machine.device)
-    train_step(
-        model.loss, zip(x, y, strict=True), optimizer, machine.grad_scaler(), machine, config, config.learning_rate
-    )
+    changes = {"train.device": device, "train.compile": False, "model.gradient_checkpointing": gradient_checkpointing}
+    recipe = RECIPE.override(changes)
+    windows = 2 * choose_machine(recipe.train, recipe.model).micro_batch_size
+    update(recipe, *torch.randint(recipe.model.vocab_size, (2, windows, recipe.model.block_size)))()
 
 
 def tell(device: str) -> None:

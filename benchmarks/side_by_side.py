@@ -15,8 +15,12 @@ from typing import NoReturn
 
 import torch
 import tyro
+from torch import Tensor
 
 import storyllm
+from storyllm.device import choose_machine
+from storyllm.optim import make_optimizer
+from storyllm.training import train_step
 
 
 def command_line(main: Callable[..., int | None]) -> NoReturn:
@@ -47,15 +51,24 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def print_table(
-    title: str, unit: str, figures: dict[str, float], of: str = "ours", less_is_better: bool = True
-) -> None:
-    """A row for each figure, with what it is as a multiple of `of`'s (or the other way round, where more is better)."""
+def print_table(title: str, unit: str, figures: dict[str, float], less_is_better: bool = True) -> None:
+    """A row for each figure, with what it is as a multiple of ours (or the other way round, where more is better)."""
     print(f"\n{title}")
     for name, figure in figures.items():
-        factor = figure / figures[of] if less_is_better else figures[of] / figure
-        print(f"  {name:<42} {figure:>12,.4g} {unit}" + (f"   ours: {factor:.2f}x" if name != of else ""))
+        factor = figure / figures["ours"] if less_is_better else figures["ours"] / figure
+        print(f"  {name:<42} {figure:>12,.4g} {unit}" + (f"   ours: {factor:.2f}x" if name != "ours" else ""))
     sys.stdout.flush()
+
+
+def update(recipe: storyllm.Recipe, x: Tensor, y: Tensor) -> Callable[[], object]:
+    """What takes an update of a new model of `recipe` on (windows, T) inputs and targets, as training would here."""
+    machine = choose_machine(recipe.train, recipe.model)
+    model = storyllm.GPT(recipe.model).to(machine.device).train()
+    optimizer, scaler = make_optimizer(model, recipe.train), machine.grad_scaler()
+    loss_of = torch.compile(model.loss, dynamic=False) if machine.compile else model.loss
+    parts = [tuple(part.to(machine.device).split(machine.micro_batch_size)) for part in (x, y)]
+    rate = recipe.train.learning_rate
+    return lambda: train_step(loss_of, zip(*parts, strict=True), optimizer, scaler, machine, recipe.train, rate)
 
 
 def in_own_process(script: str, *arguments: str) -> list[float]:

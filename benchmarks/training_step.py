@@ -13,12 +13,9 @@ from collections.abc import Callable
 
 import plain_loop
 import torch
-from side_by_side import command_line, in_own_process, in_turn, machine, peak_memory, print_table
+from side_by_side import command_line, in_own_process, in_turn, machine, peak_memory, print_table, update
 
 import storyllm
-from storyllm.device import choose_machine
-from storyllm.optim import make_optimizer
-from storyllm.training import train_step
 
 
 def steps(recipe: storyllm.Recipe) -> dict[str, Callable[[], Callable[[], object]]]:
@@ -28,11 +25,7 @@ def steps(recipe: storyllm.Recipe) -> dict[str, Callable[[], Callable[[], object
     x, y = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
     def ours() -> Callable[[], object]:
-        machine = choose_machine(config, recipe.model)
-        model = storyllm.GPT(recipe.model).train()
-        optimizer, scaler = make_optimizer(model, config), machine.grad_scaler()
-        parts = list(zip(x.split(machine.micro_batch_size), y.split(machine.micro_batch_size), strict=True))
-        return lambda: train_step(model.loss, parts, optimizer, scaler, machine, config, config.learning_rate)
+        return update(dataclasses.replace(recipe, train=config), x, y)
 
     def plain() -> Callable[[], object]:
         losses = plain_loop.train(plain_loop.PlainGPT(recipe.model), lambda i: (x, y), config, "cpu")

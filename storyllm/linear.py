@@ -122,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            loss, grad_x, grad_weight = _loss_and_gradients(x.to(dtype), weight, targets, dtype)
+            loss, grad_x, grad_weight = _loss_and_gradients(x.to(dtype), weight, targets)
         ctx.save_for_backward(grad_x.to(x.dtype), grad_weight)
         return loss
 
@@ -133,11 +133,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x * grad, grad_weight * grad, None, None
 
 
-def _loss_and_gradients(
-    x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss and its gradients with respect to (N, C) `x` and (V, C) `weight`."""
-    vocab_size = len(weight)
+def _loss_and_gradients(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss and its gradients with respect to (N, C) `x`, in the products' format, and (V, C) `weight`."""
+    vocab_size, dtype = len(weight), x.dtype
     padded = _padded(weight, dtype)
     grad_weight = torch.zeros(padded.shape, dtype=torch.float32, device=x.device)
     loss, grads_x = torch.zeros((), device=x.device), []

@@ -236,10 +236,11 @@ class _Run:
             self._check_finite(train_loss, next_iteration)
         update_seconds = time.monotonic() - started
         self.pace.add_update(len(x), update_seconds)
-        speed: dict[str, float | None] = {"tokens_per_second": round(x.numel() / update_seconds, 1)}
-        shown = f"{speed['tokens_per_second']:,.0f} tokens/s"
+        tokens_per_second = x.numel() / update_seconds
+        speed: dict[str, float | None] = {"tokens_per_second": round(tokens_per_second, 1)}
+        shown = f"{tokens_per_second:,.0f} tokens/s"
         if self.machine.peak_flops is not None:
-            mfu = model_flops_utilization(x.numel() / update_seconds, self.recipe.model, self.machine.peak_flops)
+            mfu = model_flops_utilization(tokens_per_second, self.recipe.model, self.machine.peak_flops)
             speed["mfu"] = round(mfu, 4)
             shown += f", {mfu:.0%} of the GPU"
         seconds_left = self._seconds_left(len(x) // self.config.batch_size)
