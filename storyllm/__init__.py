@@ -9,7 +9,7 @@ from .optim import lr_at
 from .plots import draw_flowchart, plot_losses
 from .sampling import next_token_probs
 from .stories import read_stories
-from .tokens import open_tokens, prepare, read_tokenizer
+from .tokens import open_tokens, prepare, read_tokenizer, verify
 from .training import train
 
 __version__ = "0.1.0"
@@ -38,4 +38,5 @@ __all__ = [
     "read_stories",
     "read_tokenizer",
     "train",
+    "verify",
 ]

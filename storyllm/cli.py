@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -15,11 +17,13 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from . import __version__
-from .config import RECIPES, DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig, get_recipe
+from .config import RECIPES, DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig, get_recipe, printable
 from .evaluation import evaluate
+from .files import cannot
 from .generation import load
+from .interrupt import Terminated, raise_interrupt
 from .plots import plot_losses
-from .tokens import prepare
+from .tokens import prepare, verify
 from .training import train
 
 RECIPE_HELP = f"one of: {', '.join(RECIPES)}; its fields are the defaults of the other options"
@@ -61,13 +65,18 @@ class Prepare:
     recipe: RecipeName = "faithful"
     out: Path = Path("data")  # folder to write into
     overwrite: bool = False  # replace other data in that folder
+    verify: bool = False  # make nothing, but read all the data in that folder and check it
 
     def run(self) -> int:
-        info = prepare(DataConfig(**asdict(self.data)), self.out, overwrite=self.overwrite)
+        if self.verify:
+            info = verify(self.out)
+            print("every checksum and count is right")
+        else:
+            info = prepare(DataConfig(**asdict(self.data)), self.out, overwrite=self.overwrite)
         for split in (info.train, info.validation):
             print(
                 f"{self.out / split.split}.bin: {split.stories:,} stories, {split.tokens:,} tokens "
-                f"of {split.tokenizer}, {split.bytes:,} bytes of text"
+                f"of {printable(split.tokenizer)}, {split.bytes:,} bytes of text"
             )
         return 0
 
@@ -91,7 +100,7 @@ class Train:
         log = train(recipe, self.data_dir, self.checkpoint_dir)
         if log.interrupted:
             print(f"run the same command again to continue from {self.checkpoint_dir}")
-            return 130
+            return 128 + log.interrupted
         best = min(log.evaluations, key=lambda entry: entry["val_loss"])
         print(
             f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.4f} bits per byte) "
@@ -127,10 +136,10 @@ class Tell:
         }
         if self.num_stories == 1:
             for piece in teller.stream(self.prompt, **sampling):
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
             print()
         else:
-            print("\n\n---\n\n".join(teller.tell([self.prompt] * self.num_stories, **sampling)))
+            print(printable("\n\n---\n\n".join(teller.tell([self.prompt] * self.num_stories, **sampling))))
         return 0
 
 
@@ -167,7 +176,7 @@ DESCRIPTION = """Train a small GPT from scratch to tell children's stories, and 
 
 storyllm prepare --recipe demo  |  storyllm train --recipe demo  |  storyllm tell "Once upon a time"
 
-Each command has its own --help. Exit codes: 0 all went well, 2 bad input, 130 interrupted."""
+Each command has its own --help. Exit codes: 0 all went well, 2 bad input, 130 interrupted, 143 terminated."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -175,7 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character; a story goes on without it
-    warnings.showwarning = lambda message, *_: print(f"storyllm: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"storyllm: {printable(str(message), '')}", file=sys.stderr)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, raise_interrupt) if in_main_thread else None
     try:
         if arguments == ["--version"]:
             print(f"storyllm {__version__}")
@@ -194,15 +205,22 @@ def main(arguments: list[str] | None = None) -> int:
     except StoryLLMError as error:
         print(f"storyllm: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("storyllm: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        print(f"storyllm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+        return 143 if terminated else 130
     except BrokenPipeError:  # whoever read the output has gone: a story is told enough, a training is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 130 if arguments[:1] == ["train"] else 0
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"storyllm: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        print(f"storyllm: {cannot('opened', error.filename or 'a file', error)}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("storyllm: out of memory: ask for less at once, or close other programs", file=sys.stderr)
+        return 2
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _recipe_name(arguments: list[str]) -> str:

@@ -10,13 +10,22 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
+def printable(text: str, kept: str = "\n\t") -> str:
+    """`text` with its control characters, but for those `kept`, written out: a terminal shows them and obeys none."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: m[0] if m[0] in kept else ascii(m[0])[1:-1], text)
+
+
 class StoryLLMError(ValueError):
     """Any bad input: the message says in one line what was got, what was expected and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, kept=""))  # it may quote what a stranger's file holds
 
 
 def _check_types(config: Any) -> None:
@@ -28,7 +37,7 @@ def _check_types(config: Any) -> None:
             object.__setattr__(config, name, float(value))  # the one way to change a frozen field
         elif not any(_fits(value, option) for option in options):
             expected = " or ".join(map(_written, options))
-            got = " ".join(repr(value).split())  # a tensor's repr has several lines
+            got = " ".join(reprlib.repr(value).split())  # what a file holds may be long, or a tensor of several lines
             raise StoryLLMError(f"{name} is {got}, expected {expected}")
 
 
@@ -131,6 +140,7 @@ class TrainConfig:
     eval_interval: int = 500  # iterations between evaluations
     eval_windows: int = 1_024  # windows of each split that an evaluation reads, the same every time
     checkpoint_minutes: float = 2.0  # minutes between two savings of last.pt
+    keep_checkpoints: int = 2  # earlier states that stay beside last.pt, for when it is found damaged
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or what torch.device takes
     compile: bool | Literal["auto"] = "auto"  # torch.compile; "auto": for a long run on a CUDA GPU
@@ -146,6 +156,7 @@ class TrainConfig:
         )
         _check_range(self, 0, "learning_rate", above=True)
         _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes")
+        _check_range(self, 0, "keep_checkpoints", high=1_000)
         _check_range(self, 0, "seed", high=2**63 - 1)  # as far as PyTorch's generators take one
         _check_range(self, 0, "warmup_start", high=1)
         for name in ("beta1", "beta2"):

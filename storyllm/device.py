@@ -96,6 +96,14 @@ def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
     return Machine(device, dtype, compiled, micro_batch_size, why, peak)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Did the device, or the CPU, have no memory left for a tensor? PyTorch has no one exception for it."""
+    words = ("out of memory", "can't allocate memory", "bad allocation", "bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
 def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTConfig) -> int:
     """The windows that go through the device at once: what fits, in equal parts of an update where that is near."""
     tokens = CPU_TOKENS

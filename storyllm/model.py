@@ -98,10 +98,9 @@ class GPT(nn.Module):
         if not isinstance(config, GPTConfig):
             raise StoryLLMError(f"GPT was given a {type(config).__name__}, expected a GPTConfig: pass recipe.model")
         self.config = config
-        wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer = nn.ModuleDict(
             {
-                "wte": wte,
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
@@ -109,8 +108,12 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = wte.weight  # weight tying (Press and Wolf 2017)
+        self.tie_weights()
         self.apply(self._init_weights)
+
+    def tie_weights(self) -> None:
+        """Makes the head's matrix and the token embedding's one parameter (Press and Wolf 2017)."""
+        self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):

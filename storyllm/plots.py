@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import GPTConfig, StoryLLMError
+from .config import GPTConfig, StoryLLMError, printable
 from .files import atomic_write
 from .log import Log, read_log
 
@@ -128,14 +128,16 @@ def _head(axes: Axes, log: Log, last: int) -> None:
     if seconds := list(_series(log.updates + log.evaluations, "seconds").values()):
         about += [f"{seconds[-1] / 60:,.{0 if seconds[-1] > 600 else 1}f} minutes"]
     if device := log.run.get("device"):
-        about += [re.sub(r" \(.*?\)", "", str(device))]  # what was chosen; the log also says why
+        about += [re.sub(r" \(.*?\)", "", printable(str(device), ""))]  # what was chosen; the log also says why
     if tokens := settings.get("batch_size", 0) * recipe.get("model", {}).get("block_size", 0):
         top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens, lambda x: x / tokens))
         top.xaxis.set_major_formatter(lambda count, _: f"{count / 1e6:,g}")
         top.spines["top"].set_visible(False)
         top.tick_params(length=3)
         top.set_xlabel("millions of tokens")
-    line = axes.set_title(textwrap.fill("  ·  ".join(about), 125), loc="left", fontsize=9.5, color=SOFT)
+    line = axes.set_title(
+        textwrap.fill("  ·  ".join(about), 125), loc="left", fontsize=9.5, color=SOFT, parse_math=False
+    )
     style: dict[str, Any] = {"fontsize": 14, "fontweight": "bold"}
     axes.annotate("Training and validation loss", (0, 1), (0, 8), xycoords=line, textcoords="offset points", **style)
 
@@ -147,11 +149,8 @@ def _finish(figure: Figure, out: str | Path | None) -> Figure:
         suffix, formats = out.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
         if suffix not in formats:
             raise StoryLLMError(f"out is {str(out)!r}, expected a name that ends in .{', .'.join(sorted(formats))}")
-        try:
-            with atomic_write(out) as file:
-                figure.savefig(file, format=suffix, dpi=200)
-        except OSError as error:
-            raise StoryLLMError(f"the figure cannot be written to {out} ({error}): name another file") from error
+        with atomic_write(out) as file:
+            figure.savefig(file, format=suffix, dpi=200)
 
     def as_notebooks_show_it() -> bytes:
         buffer = io.BytesIO()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import tiktoken
 from tqdm import tqdm
 
 from .config import DataConfig, StoryLLMError
-from .files import atomic_write, write_json
+from .files import atomic_write, cannot, locked, read_json, sha256, write_json
 from .stories import SPLITS, read_stories, source_fingerprint
 from .tokenizer import END_OF_TEXT, gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
 
@@ -68,6 +69,11 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
     out_dir = Path(out_dir)
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name != "source"}
     request = {**settings, "fingerprint": source_fingerprint(data)}
+    with locked(out_dir):
+        return _prepare(data, out_dir, overwrite, request)
+
+
+def _prepare(data: DataConfig, out_dir: Path, overwrite: bool, request: dict[str, Any]) -> PreparedData:
     paths = {split: out_dir / f"{split}.bin" for split in SPLITS}
     done = {split: _complete(path, request) for split, path in paths.items()}
     others = [path for split, path in paths.items() if path.exists() and not done[split]]
@@ -82,10 +88,6 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
             f"{others[0]} holds other data (another source, tokenizer or setting): take another folder (--out), "
             "or pass overwrite=True (--overwrite) to replace it"
         )
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoryLLMError(f"cannot make the folder {out_dir} ({error.strerror}): take another (--out)") from error
     tokenizer = _prepare_tokenizer(data, vocabulary, request)
     infos = {}
     for split, path in reversed(paths.items()):  # validation first: it is where too few stories show
@@ -118,12 +120,10 @@ def _is_foreign(path: Path, read: Callable[[Path], object]) -> bool:
 
 def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) -> tiktoken.Encoding:
     """The tokenizer that `data` names, trained if need be, and kept in the file `path`."""
-    try:
-        kept = json.loads(path.read_bytes())
-        if kept["request"] == request:
+    with suppress(StoryLLMError):  # none there, or not one of ours: it is made afresh
+        kept = read_json(path)
+        if kept.get("request") == request:
             return tokenizer_from_dict(kept)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass  # none there, or not one of ours: it is made afresh
     if data.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
     else:
@@ -215,12 +215,24 @@ def read_info(path: str | Path) -> TokenInfo:
     if not path.is_file():
         raise StoryLLMError(f"there is no {path}: make the data with `storyllm prepare`, or name its folder")
     try:
-        info = TokenInfo(**json.loads(path.read_bytes()))
-        if not all(type(number) is int for number in (info.vocab_size, info.stories, info.tokens, info.bytes)):
-            raise TypeError("a count is not a whole number")
-        return info
-    except (ValueError, TypeError, RecursionError) as error:
+        info = TokenInfo(**read_json(path))
+        _check_info(info)
+    except (TypeError, ValueError) as error:
         raise StoryLLMError(f"{path} is damaged or not StoryLLM's: prepare the data again") from error
+    return info
+
+
+def _check_info(info: TokenInfo) -> None:
+    """Raises ValueError or TypeError for a description that no data can have."""
+    counts = (info.vocab_size, info.stories, info.tokens, info.bytes)
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        raise TypeError("a count is not a whole number")
+    if not 257 <= info.vocab_size <= 65536 or not 1 <= info.stories <= info.tokens or info.split not in SPLITS:
+        raise ValueError("a count is out of range")
+    if not all(re.fullmatch("[0-9a-f]{64}", digits) for digits in (info.tokenizer_hash, info.sha256)):
+        raise ValueError("a checksum is none")
+    if not isinstance(info.request, dict) or not isinstance(info.source, str) or not isinstance(info.tokenizer, str):
+        raise TypeError("the request is none")
 
 
 def read_tokenizer(data_dir: str | Path) -> tiktoken.Encoding:
@@ -228,9 +240,10 @@ def read_tokenizer(data_dir: str | Path) -> tiktoken.Encoding:
     path = Path(data_dir) / VOCABULARY
     if not path.is_file():
         raise StoryLLMError(f"there is no {path}: make the data with `storyllm prepare`, or name its folder")
+    values = read_json(path)
     try:
-        return tokenizer_from_dict(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError) as error:
+        return tokenizer_from_dict(values)
+    except StoryLLMError as error:
         raise StoryLLMError(f"{path} is damaged or not StoryLLM's: prepare the data again") from error
 
 
@@ -258,13 +271,51 @@ def open_tokens(path: str | Path) -> Tokens:
     tokens = size // TOKEN_DTYPE.itemsize
     if tokens != info.tokens or not tokens:
         raise StoryLLMError(f"{path} holds {tokens:,} tokens, its .json says {info.tokens:,}: prepare the data again")
-    ids = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
-    largest = max(int(ids[start : start + IDS_AT_ONCE].max()) for start in range(0, tokens, IDS_AT_ONCE))
+    try:
+        ids = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
+    except OSError as error:
+        raise cannot("read", path, error) from error
+    largest = max(int(part.max()) for part in _parts(ids))
     if largest >= info.vocab_size:
         raise StoryLLMError(
             f"{path} holds token {largest} but its vocabulary has {info.vocab_size} tokens: prepare the data again"
         )
     return Tokens(path, info, ids)
+
+
+def _parts(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """All the ids, so many at once as memory need not grow for."""
+    return (ids[start : start + IDS_AT_ONCE] for start in range(0, len(ids), IDS_AT_ONCE))
+
+
+def verify(data_dir: str | Path) -> PreparedData:
+    """Reads all the data in a folder and makes sure of every number that its descriptions give.
+
+    Raises StoryLLMError, naming the first file that is missing or damaged, and what to do.
+    """
+    data_dir = Path(data_dir)
+    tokenizer = read_tokenizer(data_dir)
+    bytes_of = np.array([len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.eot_token)] + [0])
+    infos = {}
+    for split in SPLITS:
+        path = data_dir / f"{split}.bin"
+        tokens = open_tokens(path)
+        info = tokens.info
+        if info.split != split or info.tokenizer_hash != tokenizer_hash(tokenizer):
+            raise StoryLLMError(f"{path} was not made as {split} with the vocabulary beside it: prepare the data again")
+        found = {
+            "sha256": sha256(path),
+            "stories": sum(int((part == tokenizer.eot_token).sum()) for part in _parts(tokens.ids)),
+            "bytes": sum(int(bytes_of[part].sum()) for part in _parts(tokens.ids)),
+        }
+        for name, value in found.items():
+            if value != getattr(info, name):
+                raise StoryLLMError(
+                    f"{path} is damaged: its {name} is {value}, expected {getattr(info, name)} as in its .json: "
+                    "remove it and prepare the data again"
+                )
+        infos[split] = info
+    return PreparedData(**infos)
 
 
 def random_windows(

@@ -10,9 +10,11 @@ import dataclasses
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import tiktoken
@@ -20,12 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import check_same_run, load_checkpoint, model_contents, save_checkpoint
+from .checkpoint import check_same_run, load_state, model_contents, save_checkpoint
 from .config import DataConfig, Recipe, StoryLLMError, TrainConfig
-from .device import Machine, choose_machine
+from .device import Machine, choose_machine, is_out_of_memory
 from .evaluation import bits_per_byte, mean_loss
-from .interrupt import Interrupt
-from .log import Log, describe_environment, read_log, write_entry
+from .files import locked
+from .interrupt import Interrupt, StopRequested
+from .log import Log, LogWriter, describe_environment, read_log
 from .model import GPT
 from .optim import lr_at, make_optimizer
 from .pace import Pace, duration, model_flops_utilization
@@ -41,11 +44,12 @@ LOG = "log.jsonl"
 TRAINING, EVALUATION, DROPOUT = 0, 1, 2
 
 # How far a run has come: attributes of a run, saved with its state.
-PROGRESS = ("iteration", "evaluated", "best_val_loss", "seconds", "log_bytes")
+PROGRESS = ("iteration", "evaluated", "best_val_loss", "seconds", "log_bytes", "skipped_updates")
 
 BAR = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}{postfix}]"  # tqdm's {remaining} forgets evaluations
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (windows, T) inputs and targets -> mean nats per token
+Result = TypeVar("Result")
 
 
 def train_step(
@@ -87,10 +91,11 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
 
     Writes `best_model_params.pt` (the lowest validation loss), `last.pt` (everything) and `log.jsonl` into
     `checkpoint_dir`. If they are there, the run continues, to the same losses as if it had never been cut (on a CPU to
-    the bit). Ctrl-C, or a notebook's stop button, saves and returns; the log's `interrupted` says so.
+    the bit). Ctrl-C, a notebook's stop button, or SIGTERM saves and returns; the log's `interrupted` says so. A second
+    one raises KeyboardInterrupt at once, and what was saved before stays.
 
-    Raises StoryLLMError for data that is missing or does not fit, for checkpoints of another run, and for a loss that
-    is not finite.
+    Raises StoryLLMError for data that is missing or does not fit, for checkpoints of another run, for a folder that
+    another process trains in, for a loss that is not finite, and where disk or memory are too small.
     """
     if not isinstance(recipe, Recipe):
         raise StoryLLMError(f"train was given a {type(recipe).__name__}, expected a Recipe: storyllm.RECIPES[name]")
@@ -100,15 +105,23 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
     for tokens in data.values():
         if tokens.info.tokenizer_hash != tokenizer_hash(tokenizer):
             raise StoryLLMError(f"{tokens.path} was not made with the vocabulary beside it: prepare the data again")
-    with torch.random.fork_rng(), Interrupt() as interrupt:
-        run = _Run(recipe, data, tokenizer, checkpoint_dir, interrupt)
-        if run.evaluated >= run.end:
-            print(
-                f"finished already: {checkpoint_dir} holds {run.evaluated:,} iterations of {run.end:,}; "
-                "raise max_iters to go on, or take another checkpoint folder to begin anew"
-            )
-        else:
-            run.go()
+    with locked(checkpoint_dir), torch.random.fork_rng(), Interrupt() as interrupt:
+        try:
+            run = _Run(recipe, data, tokenizer, checkpoint_dir, interrupt)
+            if run.evaluated >= run.end:
+                print(
+                    f"finished already: {checkpoint_dir} holds {run.evaluated:,} iterations of {run.end:,}; "
+                    "raise max_iters to go on, or take another checkpoint folder to begin anew"
+                )
+            else:
+                run.go()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise StoryLLMError(
+                f"out of memory ({' '.join(str(error).split())[:100]}): lower model.n_embd, model.n_layer, "
+                "model.block_size, train.batch_size or train.eval_windows, or set model.gradient_checkpointing"
+            ) from error
     return dataclasses.replace(read_log(checkpoint_dir / LOG), interrupted=interrupt.requested)
 
 
@@ -140,15 +153,20 @@ class _Run:
         self.best_val_loss = math.inf
         self.seconds = 0.0  # of training so far, in all its parts
         self.log_bytes = 0  # length of the log when the state was saved
+        self.skipped_updates = 0  # in which fp16 overflowed
+        self.warnings: list[str] = []  # what the log is still to be told
         self.pace = Pace(2 * self.config.eval_windows)
 
-        saved = load_checkpoint(directory / LAST) if (directory / LAST).exists() else None
+        saved, warning = load_state(directory / LAST)
+        self.is_new = saved is None
         if saved is None:
             self._check_nothing_is_lost()
         else:
             check_same_run(saved, self.recipe, info.sha256, directory / LAST)
             if self.config.micro_batch_size == "auto":
                 self.config = dataclasses.replace(self.config, micro_batch_size=saved["micro_batch_size"])
+        if warning:
+            self._warn(warning)
         self.machine = choose_machine(self.config, self.recipe.model)
         torch.manual_seed(self.config.seed)
         self.model = GPT(self.recipe.model).to(self.machine.device)
@@ -164,16 +182,15 @@ class _Run:
         windows = {split: self._windows(split, self.config.eval_windows, rng) for split in SPLITS}
         loss_of = self._loss_function()
         print(f"about {duration(self._seconds_left())} for {self.end - self.iteration:,} iterations")
-        if not (self.directory / LAST).exists():  # from here on the other files here are this run's
-            self._save(log_bytes=0)
+        if self.is_new:  # from here on the other files here are this run's
+            self._save()
         saved_at = started = time.monotonic()
         earlier_seconds = self.seconds
         with (
             tqdm(total=self.end, initial=self.iteration, bar_format=BAR, mininterval=0.5, file=sys.stdout) as bar,
-            open(self.directory / LOG, "a", encoding="utf-8") as log,
+            LogWriter(self.directory / LOG, self.log_bytes) as log,  # what came after the last saving happens again
         ):
-            log.truncate(min(self.log_bytes, log.tell()))  # what was written after the last saving happens again
-            write_entry(log, {"event": "run", **self._description()})
+            log.write({"event": "run", **self._description()})
             try:
                 while True:
                     next_iteration = min(
@@ -186,16 +203,27 @@ class _Run:
                     entry = self._update(next_iteration, loss_of, bar)
                     self.iteration = next_iteration
                     self.seconds = earlier_seconds + time.monotonic() - started
-                    write_entry(log, {"event": "update", "iteration": self.iteration, **entry, "seconds": self.seconds})
+                    self._write(log, {"event": "update", "iteration": self.iteration, **entry, "seconds": self.seconds})
                     if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
-                        self._save(log.tell())
+                        self._save(log)
                         saved_at = time.monotonic()
             except BrokenPipeError:  # nobody reads what is printed any more
-                self._save(log.tell())
+                self._save(log)
                 raise
-            except KeyboardInterrupt:
+            except StopRequested:
                 bar.write(f"interrupted: {self.directory / LAST} keeps {self.iteration:,} iterations")
-            self._save(log.tell())
+            self._save(log)
+
+    def _warn(self, message: str) -> None:
+        """Says on the error stream, and in the log's next lines, what the run met with."""
+        warnings.warn(message, stacklevel=2)
+        self.warnings.append(message)
+
+    def _write(self, log: LogWriter, entry: dict[str, Any]) -> None:
+        for message in self.warnings:
+            log.write({"event": "warning", "iteration": self.iteration, "message": message})
+        self.warnings.clear()
+        log.write(entry)
 
     def _evaluation_points(self, next_iteration: int) -> list[int]:
         """The iterations at which the present weights are due for evaluation, up to the update that comes next.
@@ -223,17 +251,21 @@ class _Run:
         ]
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))  # (windows, T) each
         self.model.train()
-        torch.manual_seed(_seed_of(DROPOUT, self.config.seed, self.iteration))
         learning_rate = lr_at(next_iteration - 1, self.config)
-        micro_batches = self._with_progress(self._micro_batches(x, y), bar)
-        loss, norm = train_step(
-            loss_of, micro_batches, self.optimizer, self.scaler, self.machine, self.config, learning_rate
-        )
-        train_loss, grad_norm = loss.item(), norm.item()
-        # Where fp16 overflowed, the step was skipped and a lower scale comes next; a scale under 1 has not helped.
-        overflowed = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-        if not overflowed:
-            self._check_finite(train_loss, next_iteration)
+
+        def step() -> tuple[Tensor, Tensor]:
+            torch.manual_seed(_seed_of(DROPOUT, self.config.seed, self.iteration))
+            micro_batches = self._with_progress(self._micro_batches(x, y), bar)
+            return train_step(
+                loss_of, micro_batches, self.optimizer, self.scaler, self.machine, self.config, learning_rate
+            )
+
+        train_loss, grad_norm = (value.item() for value in self._within_memory(step))
+        if not math.isfinite(train_loss + grad_norm):
+            # Where fp16 overflowed, the step was skipped and a lower scale comes next; a scale under 1 has not helped.
+            if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
+                self._refuse(train_loss, grad_norm, next_iteration)
+            self.skipped_updates += 1
         update_seconds = time.monotonic() - started
         self.pace.add_update(len(x), update_seconds)
         tokens_per_second = x.numel() / update_seconds
@@ -252,7 +284,26 @@ class _Run:
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             **speed,
             "seconds_left": round(seconds_left, 1),
+            **({"skipped_updates": self.skipped_updates} if self.scaler.is_enabled() else {}),
         }
+
+    def _within_memory(self, work: Callable[[], Result]) -> Result:
+        """What `work` gives; where memory runs out, it is done all over again with half the windows at once."""
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                size = self.machine.micro_batch_size
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            # Here, no longer there: an exception keeps every tensor of the frames that it came through.
+            self._warn(f"out of memory with {size} windows at once: going on with {size // 2}")
+            self.machine = dataclasses.replace(self.machine, micro_batch_size=size // 2)
+            self.optimizer.zero_grad(set_to_none=True)
+            scale, self.scaler = self.scaler.state_dict(), self.machine.grad_scaler()
+            self.scaler.load_state_dict(scale)
+            if self.machine.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _seconds_left(self, begun: int = 0) -> float:
         """How long the rest of the run will take, at its pace so far, when `begun` more iterations are done."""
@@ -279,18 +330,17 @@ class _Run:
             bar.n = self.iteration + windows / self.config.batch_size  # not a sum of fractions, which would drift
             bar.update(0)
 
-    def _evaluate(self, point: int, windows: dict[str, tuple[Tensor, Tensor]], log: TextIO, bar: tqdm) -> None:
+    def _evaluate(self, point: int, windows: dict[str, tuple[Tensor, Tensor]], log: LogWriter, bar: tqdm) -> None:
         """Losses of both splits on their fixed windows, logged as of iteration `point`; the best weights are kept.
 
         Never compiled: that would take longer than it saves.
         """
         started = time.monotonic()
         self.model.eval()
-        train_loss, val_loss = (
-            mean_loss(self.model.loss, self._micro_batches(*windows[split]), self.machine) for split in SPLITS
-        )
+        train_loss, val_loss = (self._within_memory(partial(self._mean_loss, *windows[split])) for split in SPLITS)
         self.pace.add_evaluation(time.monotonic() - started)
-        self._check_finite(train_loss + val_loss, point)
+        if not math.isfinite(train_loss + val_loss):
+            self._refuse(train_loss + val_loss, None, point)
         info = self.data["validation"].info
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
@@ -306,18 +356,23 @@ class _Run:
             "learning_rate": lr_at(point, self.config),
             "seconds": self.seconds,
         }
-        write_entry(log, entry)
+        self._write(log, entry)
         bar.write(f"iteration {point:>6,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}", sys.stdout)
 
-    def _check_finite(self, loss: float, iteration: int) -> None:
-        if not math.isfinite(loss):
-            raise StoryLLMError(
-                f"the loss is {loss} at iteration {iteration}, learning rate {lr_at(iteration, self.config):.2e}: "
-                f"lower train.learning_rate and take another checkpoint folder; {self.directory} keeps an earlier state"
-            )
+    def _mean_loss(self, x: Tensor, y: Tensor) -> float:
+        return mean_loss(self.model.loss, self._micro_batches(x, y), self.machine)
 
-    def _save(self, log_bytes: int) -> None:
-        self.log_bytes = log_bytes
+    def _refuse(self, loss: float, grad_norm: float | None, iteration: int) -> NoReturn:
+        norm = "" if grad_norm is None else f" (norm of the gradient: {grad_norm})"
+        raise StoryLLMError(
+            f"the loss is {loss}{norm} at iteration {iteration}, learning rate {lr_at(iteration, self.config):.2e}: "
+            f"lower train.learning_rate and take another checkpoint folder; {self.directory} keeps an earlier state"
+        )
+
+    def _save(self, log: LogWriter | None = None) -> None:
+        if log is not None:
+            log.sync()  # so that a state never knows of lines that a cut of power took
+            self.log_bytes = log.size()
         save_checkpoint(
             self.directory / LAST,
             {
@@ -328,6 +383,7 @@ class _Run:
                 "micro_batch_size": self.machine.micro_batch_size,
                 **{name: getattr(self, name) for name in PROGRESS},
             },
+            keep=self.config.keep_checkpoints,
         )
 
     def _check_nothing_is_lost(self) -> None:
@@ -342,33 +398,56 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            _restore_optimizer(self.optimizer, saved["optimizer"])
             if self.scaler.is_enabled() and saved["scaler"]:
+                if not all(type(value) in (int, float) for value in saved["scaler"].values()):
+                    raise TypeError("scaler")
                 self.scaler.load_state_dict(saved["scaler"])
             for name in PROGRESS:
-                setattr(self, name, saved[name])
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                setattr(self, name, saved.get(name, getattr(self, name)))
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise StoryLLMError(
                 f"{self.directory / LAST} does not fit this model ({' '.join(str(error).split())[:120]}): "
                 "take another checkpoint folder"
             ) from error
         if self.evaluated < self.end:
+            self._check_files()
             print(f"continuing at iteration {self.iteration:,}")
+
+    def _check_files(self) -> None:
+        """Warns of what is missing beside the state; raises StoryLLMError if the log is damaged."""
+        if self.best_val_loss < math.inf and not (self.directory / BEST).exists():
+            self._warn(f"{self.directory / BEST} is not there: the best weights from here on take its place")
+            self.best_val_loss = math.inf
+        log = self.directory / LOG
+        lines = log.read_bytes()[: self.log_bytes] if log.exists() else b""
+        if len(lines) < self.log_bytes:
+            self._warn(
+                f"{log} has lost {self.log_bytes - len(lines):,} bytes of what was logged: going on without them"
+            )
+            self.log_bytes = lines.rfind(b"\n") + 1
+        if log.exists():
+            read_log(log, self.log_bytes)
 
     def _loss_function(self) -> LossFunction:
         """`model.loss`, compiled where that was chosen and works. It is tried: its time begins the run's pace."""
         in_update = self.config.batch_size * self.config.gradient_accumulation_steps
         size = min(self.machine.micro_batch_size, in_update)
         x, y = (part.contiguous() for part in self._windows("train", size, np.random.default_rng(0)))
-        try:
-            loss_of = self._compiled_loss(x, y) if self.machine.compile else self.model.loss
-            self._try(loss_of, x, y)  # what takes time only once
+
+        def tried() -> LossFunction:
+            xb, yb = x[: self.machine.micro_batch_size], y[: self.machine.micro_batch_size]
+            loss_of = self._compiled_loss(xb, yb) if self.machine.compile else self.model.loss
+            self._try(loss_of, xb, yb)  # what takes time only once
             started = time.monotonic()
-            self._try(loss_of, x, y)
-            self.pace.add_update(len(x), time.monotonic() - started)
+            self._try(loss_of, xb, yb)
+            self.pace.add_update(len(xb), time.monotonic() - started)
+            return loss_of
+
+        try:
+            return self._within_memory(tried)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        return loss_of
 
     def _compiled_loss(self, x: Tensor, y: Tensor) -> LossFunction:
         """`model.loss` compiled for windows like these; plain, and a line that says so, where that fails."""
@@ -376,13 +455,17 @@ class _Run:
         try:
             self._try(compiled, x, y)
         except Exception as error:  # a compiler has many ways to fail
+            if is_out_of_memory(error):
+                raise
             print(f"torch.compile does not work here ({type(error).__name__}): going on without it")
             why = f"{self.machine.why}, which failed ({type(error).__name__}): not compiled"
             self.machine = dataclasses.replace(self.machine, compile=False, why=why)
             return self.model.loss
         # What is left over at the end of an update has another size: it is not worth a compilation of its own.
-        size = len(x)
-        return lambda x, y: (compiled if len(x) == size else self.model.loss)(x, y)
+        in_update = self.config.batch_size * self.config.gradient_accumulation_steps
+        return lambda x, y: (compiled if len(x) == min(self.machine.micro_batch_size, in_update) else self.model.loss)(
+            x, y
+        )
 
     def _try(self, loss_of: LossFunction, x: Tensor, y: Tensor) -> None:
         """Takes a gradient, and waits until it is there."""
@@ -402,6 +485,17 @@ class _Run:
             "data": {split: dataclasses.asdict(tokens.info) for split, tokens in self.data.items()},
             **describe_environment(),
         }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Gives an optimizer the saved moments; its settings stay the recipe's. Raises ValueError for other shapes."""
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, moments in saved["state"].items():
+        for name, value in moments.items():
+            if value.shape not in (parameters[index].shape, torch.Size([])):
+                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def _data_config(info: TokenInfo) -> DataConfig:

@@ -65,7 +65,7 @@ def test_a_file_cut_short_anywhere_is_refused(path):
     whole = path.read_bytes()
     for size in [0, 1, 100, len(whole) // 2, len(whole) - 1]:
         path.write_bytes(whole[:size])
-        with pytest.raises(StoryLLMError, match=r"best_model_params\.pt is cut short or not a checkpoint"):
+        with pytest.raises(StoryLLMError, match=r"best_model_params\.pt is damaged or not a checkpoint"):
             load(path)
 
 
@@ -146,10 +146,33 @@ def test_a_full_disk_is_one_line_and_the_earlier_file_stays(path, contents, monk
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("missing", ["recipe", "data_sha256", "iteration"])
-def test_a_state_that_lacks_something_is_refused(contents, missing, tmp_path):
-    saved = {**contents, "optimizer": {}, "data_sha256": "0", "iteration": 3}
+STATE = {
+    "optimizer": {},
+    "data_sha256": "0",
+    "iteration": 3,
+    "evaluated": 0,
+    "best_val_loss": 5.0,
+    "seconds": 1.0,
+    "log_bytes": 100,
+    "micro_batch_size": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: None} for name in ("recipe", "data_sha256", "iteration", "evaluated", "log_bytes", "seconds")),
+        *({"iteration": value} for value in (-1, 2.5, "3", [3], True)),
+        *({"micro_batch_size": 0}, {"best_val_loss": "low"}, {"seconds": float("nan")}),
+    ],
+)
+def test_a_state_that_lacks_something_is_refused(contents, change, tmp_path):
+    saved = {**contents, **STATE}
     recipe = Recipe.from_dict(contents["recipe"])
     check_same_run(saved, recipe, "0", tmp_path / "last.pt")
-    with pytest.raises(StoryLLMError, match=r"last\.pt is damaged"):
-        check_same_run({k: v for k, v in saved.items() if k != missing}, recipe, "0", tmp_path / "last.pt")
+    without = {name: value for name, value in saved.items() if name not in change}
+    for damaged in ({**saved, **change}, without):
+        if damaged == saved:
+            continue
+        with pytest.raises(StoryLLMError, match=r"last\.pt "):
+            check_same_run(damaged, recipe, "0", tmp_path / "last.pt")

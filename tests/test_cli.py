@@ -47,6 +47,7 @@ def test_the_whole_path(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "best_model_params.pt",
+        "last.1.pt",
         "last.pt",
         "log.jsonl",
     ]

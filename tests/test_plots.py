@@ -150,7 +150,7 @@ def test_bad_input_is_told_in_one_line(tmp_path):
         (lambda: plot_losses(Log(evaluations=[{"iteration": 5}])), "the log holds no update and no evaluation"),
         (lambda: plot_losses(log, tmp_path / "losses.doc"), r"losses.doc'?, expected a name that ends in .*\.png"),
         (lambda: draw_flowchart(GPTConfig(), tmp_path / "flowchart"), r"flowchart'?, expected .*\.png"),
-        (lambda: plot_losses(log, file / "losses.png"), "cannot be written to .*losses.png"),
+        (lambda: plot_losses(log, file / "losses.png"), "losses.png cannot be written"),
     ]
     for call, message in cases:
         with pytest.raises(StoryLLMError, match=message) as error:

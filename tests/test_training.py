@@ -19,6 +19,7 @@ import storyllm
 from storyllm import GPT, RECIPES, GPTConfig, Recipe, StoryLLMError, TrainConfig, load, lr_at, read_log, train, training
 from storyllm.checkpoint import load_checkpoint
 from storyllm.device import choose_machine
+from storyllm.files import read_json, write_json
 from storyllm.optim import make_optimizer
 from storyllm.pace import flops_per_token
 from storyllm.training import train_step
@@ -347,19 +348,20 @@ def test_data_that_is_missing_or_mixed_is_refused(tiny_data, tmp_path):
     with pytest.raises(StoryLLMError, match="storyllm prepare"):
         train(TINY, tmp_path / "nothing", tmp_path / "run")
     shutil.copytree(tiny_data, tmp_path / "data")
-    vocabulary = json.loads((tmp_path / "data" / "vocabulary.json").read_text())
+    vocabulary = read_json(tmp_path / "data" / "vocabulary.json")
     vocabulary["tokens"] = vocabulary["tokens"].rsplit(" ", 1)[0]
-    (tmp_path / "data" / "vocabulary.json").write_text(json.dumps(vocabulary))
+    write_json(tmp_path / "data" / "vocabulary.json", vocabulary)
     with pytest.raises(StoryLLMError, match="not made with the vocabulary beside it"):
         train(TINY, tmp_path / "data", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_or_foreign_state_is_refused_and_left_alone(whole, tiny_data, tmp_path):
-    shutil.copytree(whole, tmp_path / "run")
+    """Where no earlier one is whole."""
+    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("last.*.pt"))
     state = tmp_path / "run" / "last.pt"
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.raises(StoryLLMError, match="cut short"):
+    with pytest.raises(StoryLLMError, match="damaged"):
         train(TINY, tiny_data, tmp_path / "run")
     assert state.stat().st_size == 1000
     shutil.copy(whole / "best_model_params.pt", state)
