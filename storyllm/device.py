@@ -98,7 +98,7 @@ def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Did the device, or the CPU, have no memory left for a tensor? PyTorch has no one exception for it."""
-    words = ("out of memory", "can't allocate memory", "bad allocation", "bad_alloc")
+    words = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")  # the last: oneDNN
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

@@ -9,6 +9,9 @@ from torch import nn
 
 from .config import TrainConfig
 
+# What AdamW keeps of each parameter once it has taken a step.
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+
 
 def lr_at(iteration: int, config: TrainConfig) -> float:
     """The learning rate while batch `iteration` (from 0) is taken: a pure function, so a run can continue anywhere.

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tiktoken
@@ -51,7 +53,14 @@ def train_bpe(stories: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     )
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    learner.train_from_iterator(stories, trainer)
+    # In a thread of its own, because `tokenizers` answers no Ctrl-C: that comes to this one, and ends the stories.
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        learning = pool.submit(learner.train_from_iterator, _until(stopped, stories), trainer)
+        try:
+            learning.result()
+        finally:
+            stopped.set()
     # Its tokens are written in an alphabet of printable characters, one for each byte; ids follow the order learned.
     byte_of = _printable_bytes()
     learned = sorted(learner.get_vocab().items(), key=lambda item: item[1])
@@ -63,6 +72,13 @@ def train_bpe(stories: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
             stacklevel=2,
         )
     return _encoding(f"bpe:{vocab_size}", tokens)
+
+
+def _until(stopped: threading.Event, stories: Iterable[str]) -> Iterator[str]:
+    for story in stories:
+        if stopped.is_set():
+            return
+        yield story
 
 
 def _printable_bytes() -> dict[str, int]:

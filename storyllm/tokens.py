@@ -214,8 +214,9 @@ def read_info(path: str | Path) -> TokenInfo:
     path = Path(path).with_suffix(".json")
     if not path.is_file():
         raise StoryLLMError(f"there is no {path}: make the data with `storyllm prepare`, or name its folder")
+    values = read_json(path)
     try:
-        info = TokenInfo(**read_json(path))
+        info = TokenInfo(**values)
         _check_info(info)
     except (TypeError, ValueError) as error:
         raise StoryLLMError(f"{path} is damaged or not StoryLLM's: prepare the data again") from error

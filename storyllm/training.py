@@ -26,11 +26,11 @@ from .checkpoint import check_same_run, load_state, model_contents, save_checkpo
 from .config import DataConfig, Recipe, StoryLLMError, TrainConfig
 from .device import Machine, choose_machine, is_out_of_memory
 from .evaluation import bits_per_byte, mean_loss
-from .files import locked
+from .files import cannot, locked
 from .interrupt import Interrupt, StopRequested
 from .log import Log, LogWriter, describe_environment, read_log
 from .model import GPT
-from .optim import lr_at, make_optimizer
+from .optim import MOMENTS, lr_at, make_optimizer
 from .pace import Pace, duration, model_flops_utilization
 from .stories import SPLITS
 from .tokenizer import tokenizer_hash
@@ -116,6 +116,8 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
             else:
                 run.go()
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                raise cannot("opened", error.filename or checkpoint_dir, error) from error
             if not is_out_of_memory(error):
                 raise
             raise StoryLLMError(
@@ -491,11 +493,14 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
     """Gives an optimizer the saved moments; its settings stay the recipe's. Raises ValueError for other shapes."""
     groups = optimizer.state_dict()["param_groups"]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, moments in saved["state"].items():
-        for name, value in moments.items():
+    state = saved["state"]
+    if state and (set(state) != set(range(len(parameters))) or any(set(kept) != MOMENTS for kept in state.values())):
+        raise ValueError("the optimizer's state lacks something")  # before the first update, it is empty
+    for index, kept in state.items():
+        for name, value in kept.items():
             if value.shape not in (parameters[index].shape, torch.Size([])):
                 raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _data_config(info: TokenInfo) -> DataConfig:
