@@ -98,9 +98,12 @@ class GrowingLog(log.LogWriter):
         super().__init__(path, sys.maxsize)
 
 
-def forgetful_windows(*_: Any, generator: np.random.Generator = np.random.default_rng(0)) -> np.random.Generator:
+ONE_GENERATOR = np.random.default_rng(0)
+
+
+def forgetful_windows(*_: Any) -> np.random.Generator:
     """As if all windows came from one generator, which starts anew with the process."""
-    return generator
+    return ONE_GENERATOR
 
 
 def plant(fault: str) -> None:
