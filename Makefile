@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help install notebook test lint bench format clean
+.PHONY: help install notebook test campaign lint bench format clean
 
 help:
 	@echo "make notebook   train a model and tell stories: the notebook, top to bottom, into run/"
 	@echo "make test       check the style, the types and everything else"
+	@echo "make campaign   cut runs off, damage files and so on, hundreds of times more than make test does (some 20 minutes)"
 	@echo "make bench      time each stage against its peer, as far as a CPU can (minutes); SOURCE=... for real stories"
 	@echo "make format     put the code into the house's format"
 	@echo "make clean      remove .venv and what the tools left (data and checkpoints stay)"
@@ -41,6 +42,9 @@ bench: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest
+
+campaign: $(INSTALLED)
+	$(BIN)/python -m pytest -m campaign --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -33,6 +33,8 @@ def _check_types(config: Any) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         options = [hint] if get_origin(hint) is Literal or not get_args(hint) else list(get_args(hint))
+        if type(value) is int and value.bit_length() > 1_000:  # Python would not write it out
+            raise StoryLLMError(f"{name} is a whole number of {value.bit_length()} bits, expected one under 2**63")
         if float in options and type(value) is int and abs(value) < 2**53:
             object.__setattr__(config, name, float(value))  # the one way to change a frozen field
         elif not any(_fits(value, option) for option in options):

@@ -118,6 +118,24 @@ def test_bad_input_is_one_line_and_code_2(arguments, message, run, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_verify_says_what_it_found(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main("prepare --recipe demo --builtin-stories 60 --tokenizer bpe:300".split()) == 0
+    assert main(["prepare", "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "every checksum and count is right\ndata/train.bin: 60 stories" in out
+    with open("data/train.bin", "r+b") as file:
+        file.seek(100)
+        byte = file.read(1)
+        file.seek(100)
+        file.write(bytes([byte[0] ^ 1]))
+    assert main(["prepare", "--verify"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("storyllm: data/train.bin is damaged: its sha256 is")
+    assert error.count("\n") == 1
+    assert main(["prepare", "--verify", "--out", "nowhere"]) == 2
+
+
 @pytest.mark.parametrize("arguments", ["train --train.max-itres 5", "telll", "train --train.max-iters many", ""])
 def test_a_misspelt_option_is_code_2_too(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from storyllm.interrupt import Interrupt
+from storyllm.interrupt import Interrupt, StopRequested, Terminated
 
 
 @pytest.fixture(autouse=True)
-def _handler() -> Iterator[None]:
-    """Whatever a test does, Ctrl-C works as before afterwards."""
-    before = signal.getsignal(signal.SIGINT)
+def _handlers() -> Iterator[None]:
+    """Whatever a test does, Ctrl-C and SIGTERM work as before afterwards."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGINT, before)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def interrupt_ourselves() -> None:
@@ -46,6 +47,19 @@ def test_the_request_stays_until_it_is_answered() -> None:
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 interrupt.check()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_which_signal_it_was_is_known(signum: signal.Signals) -> None:
+    with Interrupt() as interrupt:
+        signal.raise_signal(signum)
+        assert interrupt.requested == signum
+        with pytest.raises(StopRequested):
+            interrupt.check()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signal.raise_signal(signum)
+        assert not isinstance(caught.value, StopRequested)  # nobody may take it for a request
+        assert isinstance(caught.value, Terminated) == (signum == signal.SIGTERM)
 
 
 def test_the_second_raises_at_once() -> None:

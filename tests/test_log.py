@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from storyllm.config import RECIPES, StoryLLMError
-from storyllm.log import Log, read_log
+from storyllm.log import Log, LogWriter, read_log
 
 RUN = {"event": "run", "recipe": RECIPES["demo"].to_dict(), "device": "cpu", "git_revision": None, "note": "Zoë\u2028"}
 UPDATES = [
@@ -92,3 +92,38 @@ def test_a_foreign_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> N
 def test_logs_do_not_share_their_lists() -> None:
     Log().updates.append({})
     assert Log().updates == []
+
+
+def test_what_a_writer_wrote_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with LogWriter(path, 0) as log:
+        for entry in (RUN, EVALUATIONS[0], *UPDATES, {"event": "warning", "iteration": 3, "message": "so it is"}):
+            log.write(entry)
+        log.sync()
+        assert log.size() == path.stat().st_size
+    read = read_log(path)
+    assert (read.run, read.updates, read.evaluations) == (RUN, UPDATES, EVALUATIONS[:1])
+    assert [entry["message"] for entry in read.warnings] == ["so it is"]
+    assert all(json.loads(line) for line in path.read_bytes().splitlines())  # each is plain JSON all the same
+
+
+def test_a_writer_cuts_off_what_came_after(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with LogWriter(path, 0) as log:
+        for entry in UPDATES[:3]:
+            log.write(entry)
+        size = log.size()
+        log.write(UPDATES[3])
+    with LogWriter(path, size) as log:
+        log.write(UPDATES[4])
+    assert read_log(path).updates == [*UPDATES[:3], UPDATES[4]]
+    assert read_log(path, size).updates == UPDATES[:3]
+    with LogWriter(path, size + 10_000) as log:  # never longer than it is
+        assert log.size() == path.stat().st_size
+
+
+@pytest.mark.parametrize("value", ["1", None, True, [1], 1.5, float("nan"), 1e300, -(10**30)])
+def test_an_entry_without_its_numbers_is_refused(tmp_path: Path, value: Any) -> None:
+    path = written(tmp_path / "log.jsonl", RUN, {**UPDATES[0], "iteration": value})
+    with pytest.raises(StoryLLMError, match="line 2 is damaged or not a line of a StoryLLM log: mend it, or move"):
+        read_log(path)

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -24,6 +25,7 @@ from conftest import synthetic_stories
 
 from storyllm import tokens as tokens_module
 from storyllm.config import DataConfig, StoryLLMError
+from storyllm.files import read_json, write_json
 from storyllm.tokenizer import (
     END_OF_TEXT,
     gpt2_tokenizer,
@@ -40,6 +42,7 @@ from storyllm.tokens import (
     read_info,
     read_tokenizer,
     sequential_windows,
+    verify,
 )
 
 MARK = "<|endoftext|>"
@@ -704,3 +707,36 @@ def test_a_file_of_somebody_elses_is_never_written_over(name, tmp_path):
         prepare(data, tmp_path)
     assert (tmp_path / name).read_text() == '{"mine": "a list of trains"}'
     assert prepare(data, tmp_path, overwrite=True).train.stories == 20
+
+
+def test_verify_reads_everything(tiny_data: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_data, tmp_path / "data")
+    assert verify(tmp_path / "data").train == read_info(tiny_data / "train.bin")
+    path = tmp_path / "data" / "validation.bin"
+    ids = np.fromfile(path, np.uint16)
+    ids[[3, 4]] = ids[[4, 3]]  # an allowed id, and the same number of each
+    ids.tofile(path)
+    assert open_tokens(path)
+    message = refusal(lambda: verify(tmp_path / "data"))
+    assert message.startswith(f"{path} is damaged: its sha256 is ")
+    assert message.endswith("remove it and prepare the data again")
+
+
+@pytest.mark.parametrize("name", ["stories", "bytes"])
+def test_verify_counts(tiny_data: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(tiny_data, tmp_path / "data")
+    info = read_json(tmp_path / "data" / "train.json")
+    write_json(tmp_path / "data" / "train.json", {**info, name: info[name] - 1})
+    assert f"its {name} is {info[name]}, expected {info[name] - 1}" in refusal(lambda: verify(tmp_path / "data"))
+
+
+def test_data_that_was_damaged_is_removed_and_made_again(source: Path, tmp_path: Path) -> None:
+    before = prepare(config(source), tmp_path / "out")
+    path = tmp_path / "out" / "train.bin"
+    data = bytearray(path.read_bytes())
+    data[10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoryLLMError, match="remove it and prepare"):
+        verify(tmp_path / "out")
+    path.unlink()
+    assert prepare(config(source), tmp_path / "out") == before == verify(tmp_path / "out")
