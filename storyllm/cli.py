@@ -18,6 +18,7 @@ from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
 
 from . import __version__
 from .config import RECIPES, DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig, get_recipe, printable
+from .device import is_out_of_memory
 from .evaluation import evaluate
 from .files import cannot
 from .generation import load
@@ -215,7 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"storyllm: {cannot('opened', error.filename or 'a file', error)}", file=sys.stderr)
         return 2
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         print("storyllm: out of memory: ask for less at once, or close other programs", file=sys.stderr)
         return 2
     finally:

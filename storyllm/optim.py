@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from .config import TrainConfig
-
-# What AdamW keeps of each parameter once it has taken a step.
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 def lr_at(iteration: int, config: TrainConfig) -> float:
@@ -39,3 +37,21 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, config.weight_decay)
     on_mps = next(model.parameters()).device.type == "mps"
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=not on_mps)
+
+
+def restore_optimizer(optimizer: torch.optim.AdamW, saved: dict[str, Any]) -> None:
+    """Gives an optimizer the moments of the state dict `saved`; its settings stay the recipe's.
+
+    Raises ValueError unless they are those of its parameters, each in its shape, or none, as before the first update.
+    """
+    state = saved["state"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if state and set(state) != set(range(len(parameters))):
+        raise ValueError("the optimizer's state is of other parameters")
+    for index, moments in state.items():
+        if set(moments) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"the optimizer's state of parameter {index} is not AdamW's")
+        for name, value in moments.items():
+            if value.shape not in (parameters[index].shape, torch.Size([])):
+                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -30,7 +30,7 @@ from .files import cannot, locked
 from .interrupt import Interrupt, StopRequested
 from .log import Log, LogWriter, describe_environment, read_log
 from .model import GPT
-from .optim import MOMENTS, lr_at, make_optimizer
+from .optim import lr_at, make_optimizer, restore_optimizer
 from .pace import Pace, duration, model_flops_utilization
 from .stories import SPLITS
 from .tokenizer import tokenizer_hash
@@ -400,7 +400,7 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         try:
             self.model.load_state_dict(saved["model"])
-            _restore_optimizer(self.optimizer, saved["optimizer"])
+            restore_optimizer(self.optimizer, saved["optimizer"])
             if self.scaler.is_enabled() and saved["scaler"]:
                 if not all(type(value) in (int, float) for value in saved["scaler"].values()):
                     raise TypeError("scaler")
@@ -487,20 +487,6 @@ class _Run:
             "data": {split: dataclasses.asdict(tokens.info) for split, tokens in self.data.items()},
             **describe_environment(),
         }
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Gives an optimizer the saved moments; its settings stay the recipe's. Raises ValueError for other shapes."""
-    groups = optimizer.state_dict()["param_groups"]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = saved["state"]
-    if state and (set(state) != set(range(len(parameters))) or any(set(kept) != MOMENTS for kept in state.values())):
-        raise ValueError("the optimizer's state lacks something")  # before the first update, it is empty
-    for index, kept in state.items():
-        for name, value in kept.items():
-            if value.shape not in (parameters[index].shape, torch.Size([])):
-                raise ValueError(f"{name} of parameter {index} has shape {tuple(value.shape)}")
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _data_config(info: TokenInfo) -> DataConfig:

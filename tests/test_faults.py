@@ -627,8 +627,12 @@ def test_absurd_sizes_end_in_one_line(tiny_data, tmp_path, capsys):
         ["--model.block-size", "10000000000000"],
     ):
         assert main(["train", *options, *SMALL, *SHORT, *change]) == 2
-        printed = capsys.readouterr()
-        assert printed.err.count("\n") == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_telling_too_much_ends_in_one_line(whole, capsys):
+    assert main(["tell", "--checkpoint", str(whole / "last.pt"), "--max-new-tokens", "100000000000000", "One day"]) == 2
+    assert capsys.readouterr().err == "storyllm: out of memory: ask for less at once, or close other programs\n"
 
 
 def test_what_counts_as_out_of_memory():
