@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character; a story goes on without it
-    warnings.showwarning = lambda message, *_: print(f"storyllm: {printable(str(message), '')}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"storyllm: {StoryLLMError(str(message))}", file=sys.stderr)
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, raise_interrupt) if in_main_thread else None
     try:

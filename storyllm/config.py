@@ -16,16 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
-def printable(text: str, kept: str = "\n\t") -> str:
-    """`text` with its control characters, but for those `kept`, written out: a terminal shows them and obeys none."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: m[0] if m[0] in kept else ascii(m[0])[1:-1], text)
+def printable(text: str) -> str:
+    """`text` with its control characters, but for line ends and tabs, written out: a terminal shows and obeys none."""
+    commands = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # the last turn the order of text around
+    return re.sub(commands, lambda command: ascii(command[0])[1:-1], text)
 
 
 class StoryLLMError(ValueError):
     """Any bad input: the message says in one line what was got, what was expected and what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message, kept=""))  # it may quote what a stranger's file holds
+        # It may quote what a stranger's file holds.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def _check_types(config: Any) -> None:

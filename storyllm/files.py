@@ -129,7 +129,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a dictionary as indented JSON, atomically, with a checksum of all the rest in it."""
     checked = {**values, "checksum": _checksum(values)}
     with atomic_write(path) as file:
-        file.write((json.dumps(checked, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+        file.write((json.dumps(checked, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

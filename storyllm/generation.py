@@ -16,6 +16,7 @@ from .config import StoryLLMError
 from .device import choose_device
 from .model import GPT
 from .sampling import check_sampling
+from .tokenizer import check_space
 
 
 class Storyteller:
@@ -147,6 +148,7 @@ def _check_telling(prompts: list[str], max_new_tokens: int, seed: int | None) ->
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise StoryLLMError(f"a prompt is {type(prompt).__name__}, expected text")
+        check_space(prompt, "a prompt")
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, expected a whole number of at least 0")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):

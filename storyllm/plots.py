@@ -128,7 +128,7 @@ def _head(axes: Axes, log: Log, last: int) -> None:
     if seconds := list(_series(log.updates + log.evaluations, "seconds").values()):
         about += [f"{seconds[-1] / 60:,.{0 if seconds[-1] > 600 else 1}f} minutes"]
     if device := log.run.get("device"):
-        about += [re.sub(r" \(.*?\)", "", printable(str(device), ""))]  # what was chosen; the log also says why
+        about += [re.sub(r" \(.*?\)", "", printable(str(device)))]  # what was chosen; the log also says why
     if tokens := settings.get("batch_size", 0) * recipe.get("model", {}).get("block_size", 0):
         top = axes.secondary_xaxis("top", functions=(lambda x: x * tokens, lambda x: x / tokens))
         top.xaxis.set_major_formatter(lambda count, _: f"{count / 1e6:,g}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from .builtin import builtin_stories
 from .config import DataConfig, StoryLLMError
 from .files import sha256
-from .tokenizer import END_OF_TEXT
+from .tokenizer import END_OF_TEXT, check_space
 
 SPLITS = ("train", "validation")
 SUFFIXES = (".parquet", ".jsonl", ".txt")
@@ -84,10 +84,7 @@ def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
     own_split = "train" in splits and "validation" in splits
     part = splits[split] if own_split else splits["train"] if "train" in splits else next(iter(splits.values()))
     if data.text_column not in part.column_names:
-        raise StoryLLMError(
-            f"{data.source} has no column {data.text_column!r}, expected one of {', '.join(part.column_names)}: "
-            "set data.text_column"
-        )
+        raise StoryLLMError(f"{data.source} {_no_column(data.text_column, part.column_names)}")
     if data.source == TINYSTORIES and len(part) != TINYSTORIES_COUNTS[split]:
         raise StoryLLMError(
             f"the hub gave {len(part):,} {split} stories of {TINYSTORIES}, expected {TINYSTORIES_COUNTS[split]:,}: "
@@ -95,6 +92,11 @@ def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
         )
     stories = (story for batch in part.iter(batch_size=1_000) for story in batch[data.text_column])
     return _checked(stories if own_split else _hold_out(stories, split, data.validation_fraction), data.source)
+
+
+def _no_column(column: str, columns: list[str]) -> str:
+    names = ", ".join(columns[:20])[:300]
+    return f"has no column {column[:100]!r}, expected one of {names}: set data.text_column"
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -135,15 +137,18 @@ def _parquet_stories(path: Path, column: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             if column not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise StoryLLMError(f"{path} has no column {column!r}, expected one of {names}: set data.text_column")
+                raise StoryLLMError(f"{path} {_no_column(column, file.schema_arrow.names)}")
+            rows = 0
             for group in range(file.num_row_groups):  # asked for all at once, pyarrow reads the whole file ahead
                 for batch in file.iter_batches(batch_size=1_000, columns=[column], row_groups=[group]):
+                    rows += len(batch)
                     yield from batch.column(0).to_pylist()
+            if rows != file.metadata.num_rows:
+                raise pa.ArrowInvalid(f"{rows} rows of {file.metadata.num_rows}")
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error)[:200]
         raise StoryLLMError(f"{path} is not a whole parquet file ({reason}): get it again") from error
 
 
@@ -154,8 +159,9 @@ def _jsonl_stories(path: Path, column: str) -> Iterator[str]:
         try:
             yield json.loads(line)[column]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
+            key = repr(column[:100])
             raise StoryLLMError(
-                f"{path} line {number} is not a JSON object with a {column!r}: mend the line, or set data.text_column"
+                f"{path} line {number} is not a JSON object with a {key}: mend the line, or set data.text_column"
             ) from error
 
 
@@ -168,7 +174,7 @@ def _txt_stories(path: Path, column: str) -> Iterator[str]:
             story = []
         else:
             story.append(line)
-    if story:
+    if any(story):
         yield "".join(story)
 
 
@@ -197,6 +203,7 @@ def _checked(stories: Iterable[object], where: str) -> Iterator[str]:
             story.encode("utf-8")
         except UnicodeEncodeError as error:
             raise StoryLLMError(f"{where} story {number} holds half a surrogate pair: mend its \\u escapes") from error
+        check_space(story, f"{where} story {number}")
         yield story
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,16 @@ END_OF_TEXT = "<|endoftext|>"
 
 # How GPT-2 cuts text into words before any merging (Radford et al. 2019); `tokenizers` has the same rule built in.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+LEARNED_AT_ONCE = 10_000  # characters of a story that a vocabulary is learned from together
+MOST_SPACE = 500_000  # characters of white space in a row; tiktoken's search gives up at twice as many
+
+
+def check_space(text: str, where: str) -> None:
+    """Raises StoryLLMError, beginning with `where`, for more white space in a row than tiktoken can encode."""
+    if len(text) > MOST_SPACE and (longest := max(map(len, re.findall(r"\s+", text)), default=0)) > MOST_SPACE:
+        raise StoryLLMError(f"{where} has {longest:,} spaces in a row, expected {MOST_SPACE:,} at most: take some out")
 
 
 def gpt2_tokenizer() -> tiktoken.Encoding:
@@ -56,7 +67,7 @@ def train_bpe(stories: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     # In a thread of its own, because `tokenizers` answers no Ctrl-C: that comes to this one, and ends the stories.
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        learning = pool.submit(learner.train_from_iterator, _until(stopped, stories), trainer)
+        learning = pool.submit(learner.train_from_iterator, _pieces(stories, stopped), trainer)
         try:
             learning.result()
         finally:
@@ -74,11 +85,12 @@ def train_bpe(stories: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     return _encoding(f"bpe:{vocab_size}", tokens)
 
 
-def _until(stopped: threading.Event, stories: Iterable[str]) -> Iterator[str]:
+def _pieces(stories: Iterable[str], stopped: threading.Event) -> Iterator[str]:
+    """The stories, long ones in pieces: the time to learn from a word grows with the square of its length."""
     for story in stories:
         if stopped.is_set():
             return
-        yield story
+        yield from (story[start : start + LEARNED_AT_ONCE] for start in range(0, len(story), LEARNED_AT_ONCE))
 
 
 def _printable_bytes() -> dict[str, int]:

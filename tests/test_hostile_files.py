@@ -252,7 +252,8 @@ def test_printable_leaves_text_and_takes_commands():
     text = 'Zoë said: "¡olé!"\n\tשלום 😀 <b>'
     assert printable(text) == text
     assert printable(ESCAPES) == r"\x1b[2J\x1b]0;title\x07\x9b31m\r\x08\x7f\x00"
-    assert printable("a\nb\tc\u2028d", kept="") == r"a\nb\tc\u2028d"
+    assert printable("a\u2028b\u202ec") == r"a\u2028b\u202ec"
+    assert str(StoryLLMError("a\nb\tc\u2028d\u202ee")) == r"a\nb\tc\u2028d\u202ee"
 
 
 def commands(text):
@@ -293,7 +294,8 @@ def test_no_message_commands_the_terminal(run, tiny_data, tmp_path, monkeypatch,
     ):
         assert main(arguments) == 2
         printed = capsys.readouterr()
-        assert not commands(printed.out + printed.err), arguments
+        assert not commands(printed.err), arguments
+        assert not commands(printed.out.replace("\r", "")), arguments  # a bar goes back to where its line starts
         assert printed.err.count("\n") == 1
     with pytest.raises(StoryLLMError) as caught:
         raise StoryLLMError(f"line one\nline two{ESCAPES}")
