@@ -48,7 +48,8 @@ def _kept(logits: Tensor, temperature: float, top_k: int | None, top_p: float | 
         largest, ids = logits.max(-1, keepdim=True)
         return torch.where(largest.isnan(), largest, 1.0), ids
     if temperature != 1:
-        logits = logits / max(temperature, 1e-30)  # greedy long before that, and a division by less would overflow
+        # From the largest down, so that no quotient is too large for float32; the limits are greedy and even enough.
+        logits = (logits - logits.max(-1, keepdim=True).values) / min(max(temperature, 1e-30), 1e30)
     if top_k is not None and top_k < logits.size(-1):
         logits, ids = logits.topk(top_k, dim=-1)
     probs = logits.softmax(-1)
@@ -59,7 +60,7 @@ def _kept(logits: Tensor, temperature: float, top_k: int | None, top_p: float | 
             likely = probs >= 0.5 * (1 - top_p) / probs.size(-1)
             probs, ids = probs.topk(max(1, int(likely.sum(-1).max())), dim=-1)
         # A token stays while those before it hold less than top_p; the first always does.
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= max(top_p, 1e-30), 0.0)
     return probs, ids
 
 
