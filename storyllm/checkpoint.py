@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,7 +150,7 @@ def state_paths(path: Path) -> list[Path]:
     """The states of a run that are there, the newest first: `path` and the earlier ones beside it."""
     pattern = f"{path.stem}.*{path.suffix}"
     numbers = {p.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix) for p in path.parent.glob(pattern)}
-    paths = [earlier(path, number) for number in sorted(int(n) for n in numbers if n.isascii() and n.isdigit())]
+    paths = [earlier(path, number) for number in sorted(int(n) for n in numbers if re.fullmatch("[1-9][0-9]{0,3}", n))]
     return [p for p in (path, *paths) if p.is_file()]
 
 
@@ -170,13 +171,16 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, str]:
         for damaged in paths[: len(errors)]:
             os.replace(damaged, damaged.with_name(f"{damaged.name}.damaged"))
         names = ", ".join(damaged.name for damaged in paths[: len(errors)])
-        return contents, f"{names} is damaged: going on from {candidate}, an earlier state" if errors else ""
+        if candidate == path:
+            return contents, ""
+        reason = f"{names} is damaged" if errors else f"{path.name} is not there"
+        return contents, f"{reason}: going on from {candidate}, an earlier state"
     if errors:
         raise errors[0]
     return None, ""
 
 
-def check_same_run(saved: dict[str, Any], recipe: Recipe, data_sha256: str, where: Path) -> None:
+def check_same_run(saved: dict[str, Any], recipe: Recipe, data_sha256: dict[str, str], where: Path) -> None:
     """Raises StoryLLMError, naming the file `where`, unless `saved` is the state of a run of this recipe and data."""
     if "optimizer" not in saved:
         raise StoryLLMError(f"{where} holds weights but no training state: take another checkpoint folder")
@@ -184,7 +188,7 @@ def check_same_run(saved: dict[str, Any], recipe: Recipe, data_sha256: str, wher
         before, now = Recipe.from_dict(saved["recipe"]).to_dict(), recipe.to_dict()
         iteration, same_data = saved["iteration"], saved["data_sha256"] == data_sha256
         counts = (iteration, saved["evaluated"] + 1, saved["log_bytes"], saved["micro_batch_size"] - 1)
-        if not all(type(count) is int and count >= 0 for count in counts):
+        if type(saved["device"]) is not str or not all(type(count) is int and count >= 0 for count in counts):
             raise TypeError("a count is not a whole number")
         if math.isnan(saved["best_val_loss"] + saved["seconds"]):
             raise ValueError("a number is none")

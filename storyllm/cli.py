@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -76,8 +77,8 @@ class Prepare:
             info = prepare(DataConfig(**asdict(self.data)), self.out, overwrite=self.overwrite)
         for split in (info.train, info.validation):
             print(
-                f"{self.out / split.split}.bin: {split.stories:,} stories, {split.tokens:,} tokens "
-                f"of {printable(split.tokenizer)}, {split.bytes:,} bytes of text"
+                printable(f"{self.out / split.split}.bin: {split.stories:,} stories, {split.tokens:,} tokens ")
+                + printable(f"of {split.tokenizer}, {split.bytes:,} bytes of text")
             )
         return 0
 
@@ -100,13 +101,15 @@ class Train:
         )
         log = train(recipe, self.data_dir, self.checkpoint_dir)
         if log.interrupted:
-            print(f"run the same command again to continue from {self.checkpoint_dir}")
+            print(f"run the same command again to continue from {printable(str(self.checkpoint_dir))}")
             return 128 + log.interrupted
-        best = min(log.evaluations, key=lambda entry: entry["val_loss"])
-        print(
-            f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.4f} bits per byte) "
-            f"at iteration {best['iteration']:,}: {self.checkpoint_dir / 'best_model_params.pt'}"
-        )
+        path = self.checkpoint_dir / "best_model_params.pt"
+        if log.evaluations and path.exists():
+            best = min(log.evaluations, key=lambda entry: entry["val_loss"])
+            print(
+                f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.4f} bits per byte) "
+                f"at iteration {best['iteration']:,}: {printable(str(path))}"
+            )
         return 0
 
 
@@ -169,7 +172,7 @@ class Plot:
 
     def run(self) -> int:
         plot_losses(self.log, self.out)
-        print(self.out)
+        print(printable(str(self.out)))
         return 0
 
 
@@ -183,26 +186,17 @@ Each command has its own --help. Exit codes: 0 all went well, 2 bad input, 130 i
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit code. Bad input is one line on the error stream and code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_what_is_closed()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character; a story goes on without it
-    warnings.showwarning = lambda message, *_: print(f"storyllm: {StoryLLMError(str(message))}", file=sys.stderr)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, raise_interrupt) if in_main_thread else None
+    handler_before = signal.signal(signal.SIGTERM, raise_interrupt) if in_main_thread else None
+    showwarning_before = warnings.showwarning
+    warnings.showwarning = lambda message, *_: print(f"storyllm: {StoryLLMError(str(message))}", file=sys.stderr)
     try:
-        if arguments == ["--version"]:
-            print(f"storyllm {__version__}")
-            return 0
-        recipe = get_recipe(_recipe_name(arguments))
-        commands: dict[str, Any] = {
-            "prepare": Prepare(data=DataOptions(**asdict(recipe.data))),
-            "train": Train(model=ModelOptions(**asdict(recipe.model)), train=TrainOptions(**asdict(recipe.train))),
-            "tell": Tell(),
-            "evaluate": Evaluate(),
-            "plot": Plot(),
-        }
-        help_texts = {name: str(command.__doc__) for name, command in commands.items()}
-        command = tyro.extras.subcommand_type_from_defaults(commands, help_texts)
-        return tyro.cli(command, prog="storyllm", description=DESCRIPTION, args=arguments).run()
+        code = _run(arguments)
+        sys.stdout.flush()  # whether it can be written is known here, or said too late
+        return code
     except StoryLLMError as error:
         print(f"storyllm: {error}", file=sys.stderr)
         return 2
@@ -210,11 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
         terminated = isinstance(error, Terminated)
         print(f"storyllm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         return 143 if terminated else 130
-    except BrokenPipeError:  # whoever read the output has gone: a story is told enough, a training is not done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 130 if arguments[:1] == ["train"] else 0
+    except BrokenPipeError:  # whoever read the output has gone: a story is told enough, other work is not done
+        return 0 if arguments[:1] == ["tell"] else 130
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"storyllm: {cannot('opened', error.filename or 'a file', error)}", file=sys.stderr)
+        print(f"storyllm: {cannot('opened or written', error.filename or 'the output', error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -222,8 +215,43 @@ def main(arguments: list[str] | None = None) -> int:
         print("storyllm: out of memory: ask for less at once, or close other programs", file=sys.stderr)
         return 2
     finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what is left of it goes nowhere, or Python would complain of it at its end
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        warnings.showwarning = showwarning_before
         if in_main_thread:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, handler_before or signal.SIG_DFL)
+
+
+def _run(arguments: list[str]) -> int:
+    """Runs one command; returns its exit code, or raises what went wrong."""
+    if arguments == ["--version"]:
+        print(f"storyllm {__version__}")
+        return 0
+    recipe = get_recipe(_recipe_name(arguments))
+    commands: dict[str, Any] = {
+        "prepare": Prepare(data=DataOptions(**asdict(recipe.data))),
+        "train": Train(model=ModelOptions(**asdict(recipe.model)), train=TrainOptions(**asdict(recipe.train))),
+        "tell": Tell(),
+        "evaluate": Evaluate(),
+        "plot": Plot(),
+    }
+    help_texts = {name: str(command.__doc__) for name, command in commands.items()}
+    command = tyro.extras.subcommand_type_from_defaults(commands, help_texts)
+    return tyro.cli(command, prog="storyllm", description=DESCRIPTION, args=arguments).run()
+
+
+def _open_what_is_closed() -> None:
+    """A program started without input or output gets empty ones: no file of ours may take their place."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _recipe_name(arguments: list[str]) -> str:

@@ -289,6 +289,16 @@ def _parts(ids: np.ndarray) -> Iterator[np.ndarray]:
     return (ids[start : start + IDS_AT_ONCE] for start in range(0, len(ids), IDS_AT_ONCE))
 
 
+def check_together(infos: dict[str, TokenInfo], tokenizer: tiktoken.Encoding, data_dir: Path) -> None:
+    """Raises StoryLLMError unless both splits were made of one source, by one request, with that vocabulary."""
+    for split, info in infos.items():
+        path = data_dir / f"{split}.bin"
+        if info.split != split or info.tokenizer_hash != tokenizer_hash(tokenizer):
+            raise StoryLLMError(f"{path} was not made with the vocabulary beside it: prepare the data again")
+        if info.request != infos["train"].request:
+            raise StoryLLMError(f"{path} was not made together with train.bin: prepare the data again (--overwrite)")
+
+
 def verify(data_dir: str | Path) -> PreparedData:
     """Reads all the data in a folder and makes sure of every number that its descriptions give.
 
@@ -302,8 +312,6 @@ def verify(data_dir: str | Path) -> PreparedData:
         path = data_dir / f"{split}.bin"
         tokens = open_tokens(path)
         info = tokens.info
-        if info.split != split or info.tokenizer_hash != tokenizer_hash(tokenizer):
-            raise StoryLLMError(f"{path} was not made as {split} with the vocabulary beside it: prepare the data again")
         found = {
             "sha256": sha256(path),
             "stories": sum(int((part == tokenizer.eot_token).sum()) for part in _parts(tokens.ids)),
@@ -316,6 +324,7 @@ def verify(data_dir: str | Path) -> PreparedData:
                     "remove it and prepare the data again"
                 )
         infos[split] = info
+    check_together(infos, tokenizer, data_dir)
     return PreparedData(**infos)
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import check_same_run, load_state, model_contents, save_checkpoint
-from .config import DataConfig, Recipe, StoryLLMError, TrainConfig
-from .device import Machine, choose_machine, is_out_of_memory
+from .config import DataConfig, Recipe, StoryLLMError, TrainConfig, printable
+from .device import Machine, choose_device, choose_machine, is_out_of_memory
 from .evaluation import bits_per_byte, mean_loss
 from .files import cannot, locked
 from .interrupt import Interrupt, StopRequested
@@ -33,8 +33,7 @@ from .model import GPT
 from .optim import lr_at, make_optimizer, restore_optimizer
 from .pace import Pace, duration, model_flops_utilization
 from .stories import SPLITS
-from .tokenizer import tokenizer_hash
-from .tokens import TokenInfo, Tokens, open_tokens, random_windows, read_tokenizer
+from .tokens import TokenInfo, Tokens, check_together, open_tokens, random_windows, read_tokenizer
 
 BEST = "best_model_params.pt"
 LAST = "last.pt"
@@ -102,29 +101,29 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
     data_dir, checkpoint_dir = Path(data_dir), Path(checkpoint_dir)
     data = {split: open_tokens(data_dir / f"{split}.bin") for split in SPLITS}
     tokenizer = read_tokenizer(data_dir)
-    for tokens in data.values():
-        if tokens.info.tokenizer_hash != tokenizer_hash(tokenizer):
-            raise StoryLLMError(f"{tokens.path} was not made with the vocabulary beside it: prepare the data again")
+    check_together({split: tokens.info for split, tokens in data.items()}, tokenizer, data_dir)
     with locked(checkpoint_dir), torch.random.fork_rng(), Interrupt() as interrupt:
         try:
             run = _Run(recipe, data, tokenizer, checkpoint_dir, interrupt)
             if run.evaluated >= run.end:
+                limit = "max_iters" if run.end == recipe.train.max_iters else "stop_at"
                 print(
-                    f"finished already: {checkpoint_dir} holds {run.evaluated:,} iterations of {run.end:,}; "
-                    "raise max_iters to go on, or take another checkpoint folder to begin anew"
+                    f"finished already: {printable(str(checkpoint_dir))} holds {run.evaluated:,} iterations of "
+                    f"{run.end:,}; raise {limit} to go on, or take another checkpoint folder to begin anew"
                 )
             else:
                 run.go()
         except Exception as error:
             if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-                raise cannot("opened", error.filename or checkpoint_dir, error) from error
+                raise cannot("opened or written", error.filename or "the output", error) from error
             if not is_out_of_memory(error):
                 raise
             raise StoryLLMError(
                 f"out of memory ({' '.join(str(error).split())[:100]}): lower model.n_embd, model.n_layer, "
                 "model.block_size, train.batch_size or train.eval_windows, or set model.gradient_checkpointing"
             ) from error
-    return dataclasses.replace(read_log(checkpoint_dir / LOG), interrupted=interrupt.requested)
+    interrupted = interrupt.requested if run.evaluated < run.end else 0
+    return dataclasses.replace(read_log(checkpoint_dir / LOG), interrupted=interrupted)
 
 
 class _Run:
@@ -164,8 +163,9 @@ class _Run:
         if saved is None:
             self._check_nothing_is_lost()
         else:
-            check_same_run(saved, self.recipe, info.sha256, directory / LAST)
-            if self.config.micro_batch_size == "auto":
+            check_same_run(saved, self.recipe, self._data_sha256(), directory / LAST)
+            same_device = saved["device"] == choose_device(self.config.device).type
+            if self.config.micro_batch_size == "auto" and same_device:
                 self.config = dataclasses.replace(self.config, micro_batch_size=saved["micro_batch_size"])
         if warning:
             self._warn(warning)
@@ -209,12 +209,14 @@ class _Run:
                     if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
                         self._save(log)
                         saved_at = time.monotonic()
-            except BrokenPipeError:  # nobody reads what is printed any more
+            except OSError:  # of printing (the log's and the states' are StoryLLMErrors): nobody reads it any more
                 self._save(log)
                 raise
             except StopRequested:
-                bar.write(f"interrupted: {self.directory / LAST} keeps {self.iteration:,} iterations")
-            self._save(log)
+                self._save(log)
+                bar.write(f"interrupted: {printable(str(self.directory / LAST))} keeps {self.iteration:,} iterations")
+            else:
+                self._save(log)
 
     def _warn(self, message: str) -> None:
         """Says on the error stream, and in the log's next lines, what the run met with."""
@@ -266,7 +268,7 @@ class _Run:
         if not math.isfinite(train_loss + grad_norm):
             # Where fp16 overflowed, the step was skipped and a lower scale comes next; a scale under 1 has not helped.
             if not self.scaler.is_enabled() or self.scaler.get_scale() < 1:
-                self._refuse(train_loss, grad_norm, next_iteration)
+                self._refuse(f"the loss is {train_loss}, the norm of its gradient {grad_norm}", next_iteration)
             self.skipped_updates += 1
         update_seconds = time.monotonic() - started
         self.pace.add_update(len(x), update_seconds)
@@ -291,11 +293,12 @@ class _Run:
 
     def _within_memory(self, work: Callable[[], Result]) -> Result:
         """What `work` gives; where memory runs out, it is done all over again with half the windows at once."""
+        most = max(self.config.batch_size * self.config.gradient_accumulation_steps, self.config.eval_windows)
         while True:
             try:
                 return work()
             except Exception as error:
-                size = self.machine.micro_batch_size
+                size = min(self.machine.micro_batch_size, most)
                 if not is_out_of_memory(error) or size == 1:
                     raise
             # Here, no longer there: an exception keeps every tensor of the frames that it came through.
@@ -342,7 +345,7 @@ class _Run:
         train_loss, val_loss = (self._within_memory(partial(self._mean_loss, *windows[split])) for split in SPLITS)
         self.pace.add_evaluation(time.monotonic() - started)
         if not math.isfinite(train_loss + val_loss):
-            self._refuse(train_loss + val_loss, None, point)
+            self._refuse(f"the loss is {train_loss}, on the validation stories {val_loss}", point)
         info = self.data["validation"].info
         if val_loss < self.best_val_loss:
             self.best_val_loss = val_loss
@@ -364,10 +367,9 @@ class _Run:
     def _mean_loss(self, x: Tensor, y: Tensor) -> float:
         return mean_loss(self.model.loss, self._micro_batches(x, y), self.machine)
 
-    def _refuse(self, loss: float, grad_norm: float | None, iteration: int) -> NoReturn:
-        norm = "" if grad_norm is None else f" (norm of the gradient: {grad_norm})"
+    def _refuse(self, what: str, iteration: int) -> NoReturn:
         raise StoryLLMError(
-            f"the loss is {loss}{norm} at iteration {iteration}, learning rate {lr_at(iteration, self.config):.2e}: "
+            f"{what} at iteration {iteration}, learning rate {lr_at(iteration, self.config):.2e}: "
             f"lower train.learning_rate and take another checkpoint folder; {self.directory} keeps an earlier state"
         )
 
@@ -375,18 +377,24 @@ class _Run:
         if log is not None:
             log.sync()  # so that a state never knows of lines that a cut of power took
             self.log_bytes = log.size()
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            self._refuse("the weights hold NaN or infinity", self.iteration)
         save_checkpoint(
             self.directory / LAST,
             {
                 **model_contents(self.model, self.tokenizer, self.recipe),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "data_sha256": self.data["train"].info.sha256,
+                "data_sha256": self._data_sha256(),
+                "device": self.machine.device.type,
                 "micro_batch_size": self.machine.micro_batch_size,
                 **{name: getattr(self, name) for name in PROGRESS},
             },
             keep=self.config.keep_checkpoints,
         )
+
+    def _data_sha256(self) -> dict[str, str]:
+        return {split: tokens.info.sha256 for split, tokens in self.data.items()}
 
     def _check_nothing_is_lost(self) -> None:
         """Raises StoryLLMError if a new run would write over the files of another."""
@@ -412,22 +420,21 @@ class _Run:
                 f"{self.directory / LAST} does not fit this model ({' '.join(str(error).split())[:120]}): "
                 "take another checkpoint folder"
             ) from error
+        self._check_files()
         if self.evaluated < self.end:
-            self._check_files()
             print(f"continuing at iteration {self.iteration:,}")
 
     def _check_files(self) -> None:
         """Warns of what is missing beside the state; raises StoryLLMError if the log is damaged."""
         if self.best_val_loss < math.inf and not (self.directory / BEST).exists():
-            self._warn(f"{self.directory / BEST} is not there: the best weights from here on take its place")
+            self._warn(f"{self.directory / BEST} is not there: the best weights of later evaluations take its place")
             self.best_val_loss = math.inf
         log = self.directory / LOG
         lines = log.read_bytes()[: self.log_bytes] if log.exists() else b""
-        if len(lines) < self.log_bytes:
-            self._warn(
-                f"{log} has lost {self.log_bytes - len(lines):,} bytes of what was logged: going on without them"
-            )
-            self.log_bytes = lines.rfind(b"\n") + 1
+        whole = lines.rfind(b"\n") + 1
+        if whole < self.log_bytes:
+            self._warn(f"{log} has lost {self.log_bytes - whole:,} bytes of what was logged: going on without them")
+            self.log_bytes = whole
         if log.exists():
             read_log(log, self.log_bytes)
 

@@ -128,9 +128,11 @@ def test_a_full_disk_is_one_line_and_the_earlier_file_stays(path, contents, monk
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+DATA = {"train": "0", "validation": "1"}
 STATE = {
     "optimizer": {},
-    "data_sha256": "0",
+    "data_sha256": DATA,
+    "device": "cpu",
     "iteration": 3,
     "evaluated": 0,
     "best_val_loss": 5.0,
@@ -143,7 +145,8 @@ STATE = {
 @pytest.mark.parametrize(
     "change",
     [
-        *({name: None} for name in ("recipe", "data_sha256", "iteration", "evaluated", "log_bytes", "seconds")),
+        *({name: None} for name in ("recipe", "data_sha256", "device")),
+        *({name: None} for name in ("iteration", "evaluated", "log_bytes", "seconds")),
         *({"iteration": value} for value in (-1, 2.5, "3", [3], True)),
         *({"micro_batch_size": 0}, {"best_val_loss": "low"}, {"seconds": float("nan")}),
     ],
@@ -151,10 +154,10 @@ STATE = {
 def test_a_state_that_lacks_something_is_refused(contents, change, tmp_path):
     saved = {**contents, **STATE}
     recipe = Recipe.from_dict(contents["recipe"])
-    check_same_run(saved, recipe, "0", tmp_path / "last.pt")
+    check_same_run(saved, recipe, DATA, tmp_path / "last.pt")
     without = {name: value for name, value in saved.items() if name not in change}
     for damaged in ({**saved, **change}, without):
         if damaged == saved:
             continue
         with pytest.raises(StoryLLMError, match=r"last\.pt "):
-            check_same_run(damaged, recipe, "0", tmp_path / "last.pt")
+            check_same_run(damaged, recipe, DATA, tmp_path / "last.pt")

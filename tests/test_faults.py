@@ -105,7 +105,17 @@ def test_a_state_lost_between_two_names_is_no_loss(half, whole, tiny_data):
     (half / "last.2.pt").unlink()
     (half / "last.1.pt").rename(half / "last.2.pt")
     (half / "last.pt").rename(half / "last.1.pt")
-    train(TINY, tiny_data, half)
+    with pytest.warns(UserWarning, match=r"last\.pt is not there: going on from .*last\.1\.pt, an earlier state"):
+        train(TINY, tiny_data, half)
+    assert same(half, whole)
+
+
+def test_a_state_of_no_number_is_none_of_ours(half, whole, tiny_data):
+    shutil.copy(half / "last.pt", half / "last.0.pt")
+    shutil.copy(half / "last.pt", half / "last.old.pt")
+    damage(half / "last.pt", 5000)
+    with pytest.warns(UserWarning, match=r"going on from .*last\.1\.pt"):
+        train(TINY, tiny_data, half)
     assert same(half, whole)
 
 
@@ -120,7 +130,7 @@ def test_so_many_earlier_states_are_kept(tiny_data, tmp_path, keep):
 
 def test_a_lost_best_is_replaced_with_a_warning(half, tiny_data):
     (half / "best_model_params.pt").unlink()
-    with pytest.warns(UserWarning, match=r"best_model_params\.pt is not there: the best weights from here on"):
+    with pytest.warns(UserWarning, match=r"best_model_params\.pt is not there: the best weights of later evaluations"):
         train(TINY, tiny_data, half)
     assert load(half / "best_model_params.pt")
 
@@ -133,6 +143,30 @@ def test_a_log_that_lost_lines_is_gone_on_with_and_says_so(half, whole, tiny_dat
         train(TINY, tiny_data, half)
     assert weights(half) == weights(whole)
     assert [entry["iteration"] for entry in read_log(log).updates] == [20, 22]
+
+
+def test_a_line_taken_out_of_the_log_is_missed(half, tiny_data):
+    """What a kill left behind the last state makes the log long enough: its end must still be that of a line."""
+    log = half / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(
+        b"".join([*lines[:2], *lines[3:], b'{"event": "update", "iteration": 20, "learning_rate": 0.1}\n' * 9])
+    )
+    with pytest.warns(UserWarning, match="log.jsonl has lost .* bytes of what was logged"):
+        train(TINY, tiny_data, half)
+    assert read_log(log).updates[-1]["iteration"] == 22
+
+
+def test_a_finished_run_with_an_empty_log_ends_well(whole, tiny_data, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "log.jsonl").write_bytes(b"")
+    with pytest.warns(UserWarning, match="has lost"):
+        assert train(TINY, tiny_data, tmp_path / "run").evaluations == []
+
+
+def test_what_is_finished_under_stop_at_says_so(half, tiny_data, capsys):
+    train(TINY.override({"train.stop_at": 16}), tiny_data, half)
+    assert "raise stop_at to go on" in capsys.readouterr().out
 
 
 def test_a_damaged_log_is_refused_before_anything_is_done(half, tiny_data):
@@ -207,6 +241,65 @@ def test_a_second_signal_within_the_saving_leaves_the_state_before(half, whole, 
     assert not list(half.glob("*.part"))
     train(TINY, tiny_data, half)
     assert same(half, whole)
+
+
+def test_an_interrupt_after_the_last_update_is_none(tiny_data, tmp_path, monkeypatch):
+    save = storyllm.checkpoint.save_checkpoint
+
+    def interrupted(path, *args, **kwargs):
+        if kwargs and read_log(tmp_path / "log.jsonl").evaluations[-1]["iteration"] == 22:
+            signal.raise_signal(signal.SIGINT)
+        save(path, *args, **kwargs)
+
+    train(TINY.override({"train.stop_at": 16}), tiny_data, tmp_path)
+    monkeypatch.setattr(training, "save_checkpoint", interrupted)
+    assert train(TINY, tiny_data, tmp_path).interrupted == 0
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(5, "Input/output error")])
+def test_an_interrupt_saves_even_when_nobody_reads_what_is_printed(half, tiny_data, monkeypatch, error):
+    """As Ctrl-C does with `| tee`, which it ends, too."""
+    steps = []
+
+    def stop_in_the_second_step(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(*args, **kwargs)
+
+    def closed(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(training, "train_step", stop_in_the_second_step)
+    monkeypatch.setattr(training.tqdm, "write", closed)
+    with pytest.raises((BrokenPipeError, StoryLLMError)):
+        train(TINY, tiny_data, half)
+    assert load_checkpoint(half / "last.pt")["iteration"] == 20
+
+
+@pytest.mark.parametrize("how", [">&-", ">&- 2>&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full"])
+def test_training_without_a_place_to_print_loses_nothing(tiny_data, tmp_path, how):
+    options = [*SMALL, *SHORT, "--recipe", "demo", "--data-dir", tiny_data, "--checkpoint-dir", tmp_path / "run"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
+    line = " ".join(map(str, command("train", *options))) + f" {how}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    if how == "> /dev/full":
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "the output cannot be opened or written (No space left on device)" in done.stderr
+    else:
+        assert done.returncode == 0
+        assert load_checkpoint(tmp_path / "run" / "last.pt")["iteration"] == 6
+
+
+@pytest.mark.parametrize("verb", ["--version", "prepare --verify --out {data}"])
+def test_output_that_cannot_be_written_is_one_line(tiny_data, verb):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    line = f"{sys.executable} -m storyllm {verb.format(data=tiny_data)} > /dev/full"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_terminated_preparation_leaves_nothing_behind(tmp_path):
@@ -499,7 +592,9 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(half, tiny_data, mo
         return loss * (math.nan if where == "loss" else 1), norm * (math.inf if where == "gradient" else 1)
 
     monkeypatch.setattr(training, "train_step", poisoned)
-    with pytest.raises(StoryLLMError, match=r"NaN or infinity|the loss is .* at iteration 20, learning rate") as caught:
+    with pytest.raises(
+        StoryLLMError, match=r"(hold NaN or infinity|the loss is .*) at iteration 20, learning rate"
+    ) as caught:
         train(TINY.override(EVERY), tiny_data, half)
     assert "learning_rate" in str(caught.value)
     assert len(calls) == 1
@@ -530,6 +625,39 @@ def test_fp16_steps_that_overflow_are_skipped_and_counted(tiny_data, tmp_path, m
     overflowed = [entry for entry in log.updates if entry["grad_norm"] is None]
     assert len(overflowed) == skipped[-1]
     assert log.updates[-1]["grad_norm"] is not None
+
+
+# Data
+
+
+def test_splits_that_were_not_made_together_are_refused(tmp_path):
+    """As where a preparation that overwrites is stopped between the two."""
+    source = storyllm.DataConfig(source="builtin", builtin_stories=60, tokenizer="bpe:300")
+    storyllm.prepare(source, tmp_path / "one")
+    storyllm.prepare(dataclasses.replace(source, validation_fraction=0.5), tmp_path / "other")
+    for name in ("validation.bin", "validation.json"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "one" / name)
+    for call in (lambda: storyllm.verify(tmp_path / "one"), lambda: train(TINY, tmp_path / "one", tmp_path / "run")):
+        with pytest.raises(StoryLLMError, match=r"validation\.bin was not made together with train\.bin: prepare"):
+            call()
+
+
+def test_other_validation_data_is_noticed(tmp_path):
+    (tmp_path / "train.txt").write_text("\n<|endoftext|>\n".join(f"The pig ate {n} figs." for n in range(200)))
+    (tmp_path / "valid.txt").write_text("\n<|endoftext|>\n".join(f"The cow ate {n} figs." for n in range(200)))
+    source = storyllm.DataConfig(source=str(tmp_path), tokenizer="bpe:300")
+    storyllm.prepare(source, tmp_path / "data")
+    train(TINY.override({"train.stop_at": 8}), tmp_path / "data", tmp_path / "run")
+    (tmp_path / "valid.txt").write_text("\n<|endoftext|>\n".join(f"The fox ate {n} figs." for n in range(200)))
+    storyllm.prepare(source, tmp_path / "data", overwrite=True)
+    with pytest.raises(StoryLLMError, match="was trained on other data"):
+        train(TINY, tmp_path / "data", tmp_path / "run")
+
+
+def test_windows_at_once_belong_to_a_device(half, tiny_data):
+    contents = load_checkpoint(half / "last.pt")
+    storyllm.checkpoint.save_checkpoint(half / "last.pt", {**contents, "device": "cuda", "micro_batch_size": 7})
+    assert train(TINY, tiny_data, half).run["micro_batch_size"] == 12
 
 
 # Memory
