@@ -1,6 +1,7 @@
 """Numbers that hold: what must be true of whatever comes in, tried on inputs that `hypothesis` makes up."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -73,11 +74,9 @@ ONE_LOGIT = st.one_of(
 def many_logits(draw):
     """(rows, V) logits of every kind, each row with at least one that is finite."""
     if draw(st.booleans()):  # as of a model: too many to write one by one
-        shape, scale = (
-            (draw(st.integers(1, 3)), draw(st.integers(1, 400))),
-            draw(st.sampled_from([0.0, 0.1, 3.0, 20.0])),
-        )
-        logits = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 999)))) * scale
+        shape, generator = draw(st.tuples(st.integers(1, 3), st.integers(1, 400))), torch.Generator()
+        logits = torch.randn(shape, generator=generator.manual_seed(draw(st.integers(0, 999))))
+        logits *= draw(st.sampled_from([0.0, 0.1, 3.0, 20.0]))
         return logits.round() if draw(st.booleans()) else logits
     V = draw(st.integers(1, 12))
     row = st.lists(ONE_LOGIT, min_size=V, max_size=V).filter(lambda row: max(row) > -math.inf)
@@ -133,7 +132,8 @@ def test_no_rule_is_too_far_for_probabilities(logits, temperature, top_k, top_p)
     probs = next_token_probs(logits, temperature, top_k, top_p)
     assert (probs >= 0).all()
     assert probs.sum(-1).tolist() == pytest.approx([1] * len(logits), abs=1e-5)
-    assert (probs.gather(-1, sampling.draw(logits, temperature, top_k, top_p)[:, None]) > 0).all()
+    ids = sampling.draw(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0))
+    assert (probs.gather(-1, ids[:, None]) > 0).all()
 
 
 @tries(MANY)
@@ -192,21 +192,7 @@ def test_nor_by_any_number_that_the_generator_may_give(logits, temperature, top_
 
 # Any text that UTF-8 can hold, mixed with what is likeliest to go wrong. A million spaces in a row, on which tiktoken
 # gives up, are too long for this.
-NASTY = [
-    "<|endoftext|>",
-    "<|endoftext|",
-    "\0",
-    "\r\n",
-    "\r",
-    "\n\n",
-    "\ufeff",
-    " ",
-    "   ",
-    "'ll",
-    "'S",
-    "\x85",
-    "\u2028",
-]
+NASTY = [*"\0\r\ufeff \x85\u2028", "<|endoftext|>", "<|endoftext|", "\r\n", "\n\n", "   ", "'ll", "'S"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 TEXTS = st.lists(TEXT | st.sampled_from(NASTY) | st.integers(0, 99).map(lambda n: synthetic_stories(1, n)[0]))
 ANY_TEXT = TEXTS.map("".join)
@@ -290,9 +276,8 @@ def test_random_windows_are_pieces_of_the_data(ids, block_size, count, seed):
 @tries(FEW)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 2**63 - 1))
 def test_random_windows_start_anywhere(block_size, starts, seed):
-    x, y = random_windows(
-        np.arange(starts + block_size, dtype="<u2"), block_size, 50 * starts, np.random.default_rng(seed)
-    )
+    ids, rng = np.arange(starts + block_size, dtype="<u2"), np.random.default_rng(seed)
+    x, y = random_windows(ids, block_size, 50 * starts, rng)
     assert set(x[:, 0].tolist()) == set(range(starts))
     assert y.max() == starts + block_size - 1
 
@@ -362,9 +347,8 @@ def test_the_rate_has_no_jumps(config, iterations):
 def test_the_rate_goes_through_its_corners(config, iterations):
     if config.warmup_iters:
         assert lr_at(0, config) == pytest.approx(config.warmup_start * config.learning_rate)
-    assert lr_at(config.warmup_iters, config) == pytest.approx(
-        config.learning_rate, rel=1e-9, abs=1e-12 * config.min_lr
-    )
+    rounding = {"rel": 1e-9, "abs": 1e-12 * config.min_lr}
+    assert lr_at(config.warmup_iters, config) == pytest.approx(config.learning_rate, **rounding)
     if config.warmup_iters < config.max_iters:
         assert {lr_at(config.max_iters + further, config) for further in (0, 1, 1000)} == {config.min_lr}
         middle = config.warmup_iters + (config.max_iters - config.warmup_iters) // 2
@@ -504,7 +488,7 @@ def test_every_field_of_a_run_has_a_strategy():
 
 
 def ran(recipe, data, folder):
-    """The folder of a run, what its log says that does not depend on the clock, and its last weights."""
+    """The log of a run, what of its updates and evaluations does not depend on the clock, and its last weights."""
     train(recipe, data, folder)
     log = read_log(folder / "log.jsonl")
     keep = ("iteration", "train_loss", "val_loss", "learning_rate", "grad_norm")
@@ -534,13 +518,8 @@ def test_a_run_does_what_its_recipe_says_and_the_log_shows_it(examples, tiny_dat
         assert log.run["recipe"]["model"] == dataclasses.asdict(model)
         assert log.run["recipe"]["train"] == dataclasses.asdict(config)
         assert log.run["parameters"] == expected_parameters(model)
-        in_update = config.batch_size * config.gradient_accumulation_steps
-        auto = config.micro_batch_size == "auto"
-        assert (
-            1 <= log.run["micro_batch_size"] <= in_update
-            if auto
-            else log.run["micro_batch_size"] == config.micro_batch_size
-        )
+        chosen, in_update = log.run["micro_batch_size"], config.batch_size * config.gradient_accumulation_steps
+        assert chosen in (range(1, in_update + 1) if config.micro_batch_size == "auto" else [config.micro_batch_size])
         for word in ("CPU", "float32" if config.dtype == "auto" else config.dtype, "not compiled"):
             assert word in log.run["device"]
         # Updates are whole, but for one of what is left at the very end; evaluations come when due, and at the end.
@@ -555,17 +534,6 @@ def test_a_run_does_what_its_recipe_says_and_the_log_shows_it(examples, tiny_dat
         assert load_checkpoint(folder / "last.pt")["recipe"] == log.run["recipe"]
 
     holds()
-
-
-def test_every_batch_of_every_seed_has_windows_of_its_own(tiny_data, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(training, "random_windows", lambda *asked: seen.append(random_windows(*asked)) or seen[-1])
-    for seed in (0, 1, 2**63 - 1):
-        train(LIVE.override({"train.seed": seed}), tiny_data, tmp_path / str(seed))
-    batches = [x.tobytes() for x, _ in seen if len(x) == LIVE.train.batch_size]
-    evaluations = [x.tobytes() for x, _ in seen if len(x) == LIVE.train.eval_windows]
-    assert len(batches) == len(set(batches)) == 3 * LIVE.train.max_iters
-    assert len(evaluations) == len(set(evaluations)) == 3 * 2
 
 
 LIVE = Recipe().override(
@@ -621,18 +589,35 @@ def test_every_field_has_an_effect():
     assert set(EFFECT) == set(FIELDS), "a field of the recipe is new or gone: say in EFFECT what it does"
 
 
+@pytest.fixture(scope="module")
+def ran_once(tiny_data, tmp_path_factory):
+    """`ran`, where several tests look at one run."""
+    return functools.cache(lambda recipe: ran(recipe, tiny_data, tmp_path_factory.mktemp("once")))
+
+
 @pytest.mark.parametrize("name", EFFECT)
-def test_a_field_does_what_it_should_and_no_more(name, tiny_data, tmp_path):
+def test_a_field_does_what_it_should_and_no_more(name, ran_once):
     value, effect = EFFECT[name]
     before = LIVE.override({"model.dropout": 0.0}) if effect == "rounding" else LIVE  # its draws may go another way
     after = before.override({name: value})
     assert flat(after)[name] != flat(before)[name]
-    one, other = ran(before, tiny_data, tmp_path / "before"), ran(after, tiny_data, tmp_path / "after")
+    one, other = ran_once(before), ran_once(after)
     if effect == "rounding":  # at most
         losses = [[entry["train_loss"] for entry in run[1][0]] for run in (one, other)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     else:
         assert same_bits(one[2], other[2]) == (effect == "same")
+
+
+def test_every_batch_of_every_seed_has_windows_of_its_own(tiny_data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "random_windows", lambda *asked: seen.append(random_windows(*asked)) or seen[-1])
+    for seed in (0, 1, 2**63 - 1):
+        train(LIVE.override({"train.seed": seed}), tiny_data, tmp_path / str(seed))
+    batches = [x.tobytes() for x, _ in seen if len(x) == LIVE.train.batch_size]
+    evaluations = [x.tobytes() for x, _ in seen if len(x) == LIVE.train.eval_windows]
+    assert len(batches) == len(set(batches)) == 3 * LIVE.train.max_iters
+    assert len(evaluations) == len(set(evaluations)) == 3 * 2
 
 
 @short_and_long
