@@ -66,6 +66,7 @@ def test_a_file_of_one_token_is_refused(teller, tiny_data, tmp_path):
     info = open_tokens(tiny_data / "validation.bin").info
     shutil.copy(tiny_data / "validation.json", tmp_path)
     (tmp_path / "validation.bin").write_bytes(b"\x01\x00")
-    storyllm.files.write_json(tmp_path / "validation.json", dataclasses.asdict(dataclasses.replace(info, stories=1, tokens=1)))
+    one = dataclasses.replace(info, stories=1, tokens=1)
+    storyllm.files.write_json(tmp_path / "validation.json", dataclasses.asdict(one))
     with pytest.raises(StoryLLMError, match="expected at least 2"):
         evaluate(teller, tmp_path / "validation.bin")
