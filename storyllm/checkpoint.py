@@ -45,10 +45,8 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any], keep: int = 0) -
     """Writes `contents` (tensors and plain values) to `path`; an earlier file stays until the new one is whole.
 
     With `keep`, so many earlier ones stay beside it (last.1.pt, last.2.pt, ...). Raises StoryLLMError where the file
-    cannot be written, as on a full disk, and for weights that are not finite: they are never written over good ones.
+    cannot be written, as on a full disk.
     """
-    if not all(weight.isfinite().all() for weight in contents["model"].values()):
-        raise StoryLLMError(f"the weights hold NaN or infinity, so {path} stays as it was: lower train.learning_rate")
     try:
         with atomic_write(Path(path), keep) as file:
             torch.save(contents, file)

@@ -77,8 +77,10 @@ class Prepare:
             info = prepare(DataConfig(**asdict(self.data)), self.out, overwrite=self.overwrite)
         for split in (info.train, info.validation):
             print(
-                printable(f"{self.out / split.split}.bin: {split.stories:,} stories, {split.tokens:,} tokens ")
-                + printable(f"of {split.tokenizer}, {split.bytes:,} bytes of text")
+                printable(
+                    f"{self.out / split.split}.bin: {split.stories:,} stories, {split.tokens:,} tokens "
+                    f"of {split.tokenizer}, {split.bytes:,} bytes of text"
+                )
             )
         return 0
 

@@ -348,6 +348,7 @@ class _Run:
             self._refuse(f"the loss is {train_loss}, on the validation stories {val_loss}", point)
         info = self.data["validation"].info
         if val_loss < self.best_val_loss:
+            self._check_weights()
             self.best_val_loss = val_loss
             contents = model_contents(self.model, self.tokenizer, self.recipe)
             save_checkpoint(self.directory / BEST, {**contents, "iteration": point, "val_loss": val_loss})
@@ -373,12 +374,16 @@ class _Run:
             f"lower train.learning_rate and take another checkpoint folder; {self.directory} keeps an earlier state"
         )
 
+    def _check_weights(self) -> None:
+        """Before every saving: what is not finite never takes the place of something that is."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            self._refuse("the weights hold NaN or infinity", self.iteration)
+
     def _save(self, log: LogWriter | None = None) -> None:
         if log is not None:
             log.sync()  # so that a state never knows of lines that a cut of power took
             self.log_bytes = log.size()
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            self._refuse("the weights hold NaN or infinity", self.iteration)
+        self._check_weights()
         save_checkpoint(
             self.directory / LAST,
             {

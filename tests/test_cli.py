@@ -1,11 +1,8 @@
 """The command line, as a person types it: five verbs, and bad input in one line with exit code 2."""
 
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -148,22 +145,6 @@ def test_a_long_prompt_is_a_warning_in_one_line(run, capsys):
     assert main(["tell", "--checkpoint", str(run / "last.pt"), "--max-new-tokens", "2", "One fine day " * 20]) == 0
     error = capsys.readouterr().err
     assert re.fullmatch(r"storyllm: prompt has \d+ tokens, the context is 16: it is cut to its last 16\n", error)
-
-
-def test_ctrl_c_saves_and_leaves_with_130(tiny_data, tmp_path):
-    command = [sys.executable, "-m", "storyllm", "train", "--recipe", "demo", *SMALL, *SHORT[:-1], "100000"]
-    command += ["--data-dir", str(tiny_data), "--checkpoint-dir", str(tmp_path / "run")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 20):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in error
-    assert "run the same command again to continue" in out
-    assert storyllm.load(tmp_path / "run" / "last.pt")
 
 
 def test_output_into_a_closed_pipe_is_no_error(run):

@@ -205,6 +205,7 @@ def test_a_signal_saves_and_leaves_with_its_code(tiny_data, tmp_path, signum, co
     logged = read_log(tmp_path / "log.jsonl").updates[-1]["iteration"]
     assert load_checkpoint(tmp_path / "last.pt")["iteration"] == logged
     assert f"keeps {logged:,} iterations" in out
+    assert "run the same command again to continue" in out
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
