@@ -133,11 +133,16 @@ class TrainConfig:
     batch_size: int = 32  # windows in an iteration
     gradient_accumulation_steps: int = 32  # iterations in an optimizer update
     micro_batch_size: int | Literal["auto"] = "auto"  # windows that go through the device at once
+    windows: Literal["random", "shuffled"] = "random"  # anywhere in the data, or all of it once before any of it again
+    optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": Muon for the matrices in the blocks, AdamW for the rest
+    schedule: Literal["cosine", "flat"] = "cosine"  # after the warm-up: half a cosine, or flat and then a line down
     learning_rate: float = 1e-4  # rate at the end of the warm-up
-    min_lr: float = 5e-4  # rate at the end of the cosine; in faithful it lies above learning_rate, and the rate rises
+    min_lr: float = 5e-4  # rate at the end; in faithful it lies above learning_rate, and the rate rises
     warmup_iters: int = 1_000  # iterations of linear warm-up
     warmup_start: float = 1 / 3  # where the warm-up starts, as a share of learning_rate
-    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
+    decay_iters: int = 0  # iterations at the end in which "flat" comes down to min_lr
+    muon_lr_scale: float = 1.0  # Muon's rate, as a multiple of AdamW's
+    weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9  # AdamW's decay of the gradient's mean
     beta2: float = 0.95  # AdamW's decay of the gradient's mean square
     grad_clip: float = 0.5  # largest norm of the gradient; 0: no limit
@@ -158,11 +163,16 @@ class TrainConfig:
             *("max_iters", "stop_at", "batch_size", "gradient_accumulation_steps", "micro_batch_size"),
             *("eval_interval", "eval_windows"),
         )
-        _check_range(self, 0, "learning_rate", above=True)
-        _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes")
+        _check_range(self, 0, "learning_rate", "muon_lr_scale", above=True)
+        _check_range(
+            self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "decay_iters", "checkpoint_minutes"
+        )
         _check_range(self, 0, "keep_checkpoints", high=1_000)
         _check_range(self, 0, "seed", high=2**63 - 1)  # as far as PyTorch's generators take one
         _check_range(self, 0, "warmup_start", high=1)
+        room = max(0, self.max_iters - self.warmup_iters)
+        if self.schedule == "flat" and self.decay_iters > room:
+            raise StoryLLMError(f"decay_iters is {self.decay_iters}, expected at most {room}: max_iters - warmup_iters")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise StoryLLMError(f"{name} is {getattr(self, name)}, expected a number from 0 to under 1")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -335,12 +336,45 @@ def random_windows(
 
     Raises StoryLLMError if there are not enough tokens for one window.
     """
+    _check_one_window(ids, block_size)
+    return _windows_at(rng.integers(len(ids) - block_size, size=count), ids, block_size)
+
+
+def shuffled_windows(
+    ids: np.ndarray, block_size: int, count: int, seed: tuple[int, ...], batch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Batch number `batch` (from 0) of windows that do not overlap, in an order drawn by `seed`: shapes as above.
+
+    Each comes once before any comes again. From one such epoch to the next, order and cuts are others. Raises
+    StoryLLMError if there are not enough tokens for one window.
+    """
+    _check_one_window(ids, block_size)
+    in_epoch = max(1, len(ids) // block_size - 1)  # leaves room for the cuts to move
+    places = np.arange(batch * count, (batch + 1) * count)
+    starts = np.empty(count, np.int64)
+    for epoch in np.unique(places // in_epoch):
+        order, offset = _epoch(in_epoch, len(ids) - in_epoch * block_size, (*seed, int(epoch)))
+        here = places // in_epoch == epoch
+        starts[here] = offset + order[places[here] % in_epoch] * block_size
+    return _windows_at(starts, ids, block_size)
+
+
+@lru_cache(maxsize=2)
+def _epoch(windows: int, offsets: int, seed: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """The order of an epoch's windows, and where the first begins. Kept, for the next batch asks for the same."""
+    rng = np.random.default_rng(seed)
+    return rng.permutation(windows), int(rng.integers(offsets))
+
+
+def _check_one_window(ids: np.ndarray, block_size: int) -> None:
     if len(ids) <= block_size:
         raise StoryLLMError(
             f"the data has {len(ids)} tokens, a window of {block_size} needs {block_size + 1}: "
             "prepare more stories (or hold out more of them), or lower model.block_size"
         )
-    starts = rng.integers(len(ids) - block_size, size=count)
+
+
+def _windows_at(starts: np.ndarray, ids: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     every_window = np.lib.stride_tricks.sliding_window_view(np.asarray(ids), block_size + 1)  # a view: costs nothing
     windows = every_window[starts].astype(np.int64)  # (count, block_size + 1)
     return windows[:, :-1], windows[:, 1:]

@@ -33,7 +33,7 @@ from .model import GPT
 from .optim import lr_at, make_optimizer, restore_optimizer
 from .pace import Pace, duration, model_flops_utilization
 from .stories import SPLITS
-from .tokens import TokenInfo, Tokens, check_together, open_tokens, random_windows, read_tokenizer
+from .tokens import TokenInfo, Tokens, check_together, open_tokens, random_windows, read_tokenizer, shuffled_windows
 
 BEST = "best_model_params.pt"
 LAST = "last.pt"
@@ -78,7 +78,7 @@ def train_step(
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_scale"]
     scaler.step(optimizer)  # skipped where fp16 overflowed; the scale is halved then
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -246,13 +246,18 @@ class _Run:
             raise StoryLLMError(f"{self.data[split].path}: {error}") from error
         return torch.from_numpy(x), torch.from_numpy(y)
 
+    def _batch(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """The batch of an iteration: it depends on recipe, data and iteration alone."""
+        size, seed = self.config.batch_size, (TRAINING, self.config.seed)
+        if self.config.windows == "random":
+            return self._windows("train", size, np.random.default_rng((*seed, iteration)))
+        x, y = shuffled_windows(self.data["train"].ids, self.recipe.model.block_size, size, seed, iteration)
+        return torch.from_numpy(x), torch.from_numpy(y)
+
     def _update(self, next_iteration: int, loss_of: LossFunction, bar: tqdm) -> dict[str, float | None]:
         """Takes the batches from `iteration` to `next_iteration` as one update; returns what the log says of it."""
         started = time.monotonic()
-        batches = [
-            self._windows("train", self.config.batch_size, np.random.default_rng((TRAINING, self.config.seed, i)))
-            for i in range(self.iteration, next_iteration)
-        ]
+        batches = [self._batch(i) for i in range(self.iteration, next_iteration)]
         x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))  # (windows, T) each
         self.model.train()
         learning_rate = lr_at(next_iteration - 1, self.config)

@@ -462,10 +462,15 @@ TINY = {
     "train.batch_size": st.integers(1, 3),
     "train.gradient_accumulation_steps": st.integers(1, 4),
     "train.micro_batch_size": st.just("auto") | st.integers(1, 7),
+    "train.windows": st.sampled_from(["random", "shuffled"]),
+    "train.optimizer": st.sampled_from(["adamw", "muon"]),
+    "train.schedule": st.sampled_from(["cosine", "flat"]),
     "train.learning_rate": st.floats(1e-6, 1e-2),
     "train.min_lr": st.floats(0, 1e-2),
     "train.warmup_iters": st.integers(0, 10),
     "train.warmup_start": st.floats(0, 1),
+    "train.decay_iters": st.integers(0, 3),
+    "train.muon_lr_scale": st.floats(0.1, 2),
     "train.weight_decay": st.floats(0, 1),
     "train.beta1": st.floats(0, 0.9),
     "train.beta2": st.floats(0.9, 0.999),  # near 0 a small gradient after a large one makes a step of any size
@@ -479,7 +484,16 @@ TINY = {
     "train.compile": st.sampled_from(["auto", False]),  # a compiler takes longer than all of this
     "train.seed": st.integers(0, 2**63 - 1),
 }
-TINY_RECIPES = st.fixed_dictionaries(TINY).map(lambda changes: Recipe().override(changes))
+
+
+def has_room_for_its_decay(changes):
+    room = max(0, changes["train.max_iters"] - changes["train.warmup_iters"])
+    return changes["train.schedule"] == "cosine" or changes["train.decay_iters"] <= room
+
+
+TINY_RECIPES = (
+    st.fixed_dictionaries(TINY).filter(has_room_for_its_decay).map(lambda changes: Recipe().override(changes))
+)
 
 
 def test_every_field_of_a_run_has_a_strategy():
@@ -541,6 +555,7 @@ LIVE = Recipe().override(
         **{"model.block_size": 8, "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 8},
         **{"train.max_iters": 6, "train.batch_size": 2, "train.gradient_accumulation_steps": 2, "train.device": "cpu"},
         **{"train.warmup_iters": 3, "train.learning_rate": 1e-2, "train.min_lr": 1e-3, "train.eval_windows": 3},
+        **{"train.optimizer": "muon", "train.schedule": "flat", "train.decay_iters": 2},
     }
 )
 # What another value does to a run like LIVE: other weights, the same ones, or the same but for rounding.
@@ -566,6 +581,11 @@ EFFECT = {
     "train.batch_size": (3, "other"),
     "train.gradient_accumulation_steps": (3, "other"),
     "train.micro_batch_size": (1, "rounding"),
+    "train.windows": ("shuffled", "other"),
+    "train.optimizer": ("adamw", "other"),
+    "train.schedule": ("cosine", "other"),
+    "train.decay_iters": (3, "other"),
+    "train.muon_lr_scale": (0.5, "other"),
     "train.learning_rate": (9e-3, "other"),
     "train.min_lr": (2e-3, "other"),
     "train.warmup_iters": (2, "other"),

@@ -42,6 +42,7 @@ from storyllm.tokens import (
     read_info,
     read_tokenizer,
     sequential_windows,
+    shuffled_windows,
     verify,
 )
 
@@ -740,3 +741,31 @@ def test_data_that_was_damaged_is_removed_and_made_again(source: Path, tmp_path:
         verify(tmp_path / "out")
     path.unlink()
     assert prepare(config(source), tmp_path / "out") == before == verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("length", "block_size", "count"), [(1000, 8, 5), (1000, 8, 300), (17, 8, 4), (16, 8, 3), (9, 8, 2)]
+)
+def test_shuffled_windows_come_once_before_any_comes_again(length: int, block_size: int, count: int) -> None:
+    ids = np.arange(length, dtype=np.uint16)
+    in_epoch = max(1, length // block_size - 1)
+    batches = [shuffled_windows(ids, block_size, count, (0, 1), i) for i in range(3 * in_epoch // count + 3)]
+    x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    assert x.shape == y.shape == (count * len(batches), block_size)
+    assert (x[:, 1:] == x[:, :-1] + 1).all()
+    assert (y == x + 1).all()
+    for epoch in range(len(x) // in_epoch):
+        starts = np.sort(x[epoch * in_epoch : (epoch + 1) * in_epoch, 0])
+        assert (np.diff(starts) == block_size).all()  # none twice, and none left out between
+    for i, (again, _) in enumerate(batches):
+        assert (shuffled_windows(ids, block_size, count, (0, 1), i)[0] == again).all()
+    if in_epoch > 10:
+        other = shuffled_windows(ids, block_size, count, (0, 2), 0)[0]
+        assert (other != batches[0][0]).any()
+        assert (x[:in_epoch] != x[in_epoch : 2 * in_epoch]).any()  # another order
+        assert len({int(x[e * in_epoch : (e + 1) * in_epoch, 0].min()) for e in range(3)}) > 1  # and other cuts
+
+
+def test_too_few_tokens_for_one_shuffled_window() -> None:
+    with pytest.raises(StoryLLMError, match="a window of 8 needs 9"):
+        shuffled_windows(np.arange(8, dtype=np.uint16), 8, 1, (0,), 0)

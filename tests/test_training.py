@@ -230,6 +230,18 @@ def test_cut_and_continued_equals_uninterrupted_to_the_bit(whole, tiny_data, tmp
     assert [entry for entry in evaluations if entry["iteration"] in (0, 5, 10, 15, 20, 22)] == expected[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_muon_and_shuffled_windows_continue_too(tiny_data, tmp_path, dtype):
+    changes = {"train.optimizer": "muon", "train.windows": "shuffled", "train.schedule": "flat", "train.decay_iters": 9}
+    recipe = TINY.override({**changes, "train.dtype": dtype})
+    train(recipe, tiny_data, tmp_path / "whole")
+    for stop_at in (9, 17):
+        train(recipe.override({"train.stop_at": stop_at}), tiny_data, tmp_path / "cut")
+    train(recipe, tiny_data, tmp_path / "cut")
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert losses(tmp_path / "cut")[0] == losses(tmp_path / "whole")[0]
+
+
 def test_fp16_with_its_scaler_continues_too(tiny_data, tmp_path):
     recipe = TINY.override({"train.dtype": "float16"})
     train(recipe, tiny_data, tmp_path / "whole")
