@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from storyllm import GPT, GPTConfig, Recipe, TrainConfig, open_tokens, train
+from storyllm import GPT, GPTConfig, Recipe, TrainConfig, open_tokens, read_log, train
 from storyllm.tokens import random_windows
 from storyllm.training import TRAINING
 
@@ -27,7 +27,7 @@ SMALL = {
     "import_time.py": "--repeats 1",
     "gpu.py": "--data-dir {data} --device cpu --small",
 }
-SLOW_OR_SHARED = {"memory.py", "faithful_curve.py", "plain_loop.py", "side_by_side.py"}
+SLOW_OR_SHARED = {"memory.py", "faithful_curve.py", "sweep.py", "plain_loop.py", "side_by_side.py"}
 
 
 def test_every_benchmark_is_run_here_or_known_not_to_be():
@@ -51,6 +51,23 @@ def test_a_benchmark_runs_at_its_smallest(script, tiny_data, tmp_path):
     assert re.search(r"  ours +[\d.,e+]+ \S+\n  .* ours: [\d.]+x", done.stdout), done.stdout
     if script == "tokenizing.py":
         assert "the same bytes: True" in done.stdout
+
+
+def test_a_sweep_has_a_row_for_each_of_its_settings_and_makes_none_twice(tiny_data, tmp_path):
+    base = "model.n_layer=1 model.n_embd=12 model.block_size=8 train.batch_size=2 train.gradient_accumulation_steps=1"
+    options = ["--data-dir", tiny_data, "--tokens", "160", "--base", f"{base} train.device=cpu", "--seeds", "2"]
+    options += ["--rows", "train.optimizer=muon train.schedule=flat", "train.learning_rate=1e-3"]
+    command = [sys.executable, str(BENCHMARKS / "sweep.py"), *map(str, options)]
+    tables = []
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stderr[-2_000:]
+        tables.append(re.findall(r"^ +(\d\.\d{4}) +(\d\.\d{4}) .*seed (\d)$", done.stdout, re.M))
+    assert len(tables[0]) == len(set(tables[0])) == 4
+    assert tables[1] == tables[0]
+    runs = list((tmp_path / "checkpoints" / "sweep").iterdir())
+    assert len(runs) == 4
+    assert all(read_log(run / "log.jsonl").updates[-1]["iteration"] == 10 for run in runs)
 
 
 def test_bad_input_is_one_line_and_exit_code_2():
