@@ -56,4 +56,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv run *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv run *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -199,8 +199,8 @@ class Recipe:
         grouped: dict[str, dict[str, Any]] = {part: {} for part in parts}
         for name, value in changes.items():
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-                near = near or [other for other in known if name.split(".")[-1] in other] or list(known)
+                near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+                near = near or [other for other in known if str(name).split(".")[-1] in other] or list(known)
                 raise StoryLLMError(f"the recipe has no field {name!r}: did you mean {', '.join(near)}?")
             part, _, field_name = name.partition(".")
             grouped[part][field_name] = value

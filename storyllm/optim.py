@@ -18,7 +18,7 @@ def lr_at(iteration: int, config: TrainConfig) -> float:
     - "cosine": along half a cosine (Loshchilov and Hutter 2017);
     - "flat": not at all until `decay_iters` are left, then along a line (Hu et al. 2024, Hägele et al. 2024).
 
-    Both reach `min_lr` at `max_iters` and keep it.
+    Both reach `min_lr` at `max_iters` and keep it, unless the warm-up takes all of them.
     """
     if iteration < config.warmup_iters:
         share = config.warmup_start + (1 - config.warmup_start) * iteration / config.warmup_iters

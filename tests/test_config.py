@@ -189,6 +189,11 @@ def test_other_unknown_names_are_refused_too(name: str) -> None:
         Recipe().override({name: 1})
 
 
+def test_a_name_that_is_no_text_is_refused_too() -> None:
+    with pytest.raises(StoryLLMError, match="the recipe has no field 1: did you mean"):
+        Recipe().override({1: 2})  # type: ignore[dict-item]
+
+
 @pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{name}={str(value)[:20]!r}" for name, value in BAD])
 def test_a_bad_value_is_one_line_with_the_field_and_what_was_got(name: str, value: Any) -> None:
     with pytest.raises(StoryLLMError) as caught:
