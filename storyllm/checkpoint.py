@@ -185,7 +185,8 @@ def check_same_run(saved: dict[str, Any], recipe: Recipe, data_sha256: dict[str,
     try:
         before, now = Recipe.from_dict(saved["recipe"]).to_dict(), recipe.to_dict()
         iteration, same_data = saved["iteration"], saved["data_sha256"] == data_sha256
-        counts = (iteration, saved["evaluated"] + 1, saved["log_bytes"], saved["micro_batch_size"] - 1)
+        counts = [iteration, saved["evaluated"] + 1, saved["log_bytes"], saved["skipped_updates"]]
+        counts += [saved["micro_batch_size"] - 1]
         if type(saved["device"]) is not str or not all(type(count) is int and count >= 0 for count in counts):
             raise TypeError("a count is not a whole number")
         if math.isnan(saved["best_val_loss"] + saved["seconds"]):

@@ -155,6 +155,11 @@ class TrainConfig:
     compile: bool | Literal["auto"] = "auto"  # torch.compile; "auto": for a long run on a CUDA GPU
     seed: int = 0  # seed of weights, windows, dropout
 
+    @property
+    def windows_in_update(self) -> int:
+        """Windows that a whole update learns from."""
+        return self.batch_size * self.gradient_accumulation_steps
+
     def __post_init__(self) -> None:
         _check_types(self)
         _check_range(

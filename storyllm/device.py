@@ -110,9 +110,8 @@ def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTCo
     if device.type == "cuda":
         tokens = min(torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_TOKEN, GPU_TOKENS)
     windows = tokens * CHANNELS // (model.n_layer * model.n_embd) // model.block_size
-    in_update = train.batch_size * train.gradient_accumulation_steps
-    largest = max(1, min(windows, in_update))
-    divisor = max(size for size in range(1, largest + 1) if in_update % size == 0)
+    largest = max(1, min(windows, train.windows_in_update))
+    divisor = max(size for size in range(1, largest + 1) if train.windows_in_update % size == 0)
     return divisor if divisor > largest // 2 else largest
 
 

@@ -39,10 +39,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[s
     norms, which only shift and scale, have none.
     """
     named = list(model.named_parameters())
-    hidden = [
-        p for name, p in named if config.optimizer == "muon" and p.ndim == 2 and name.startswith("transformer.h.")
-    ]
-    matrices = [p for _, p in named if p.ndim >= 2 and not any(p is other for other in hidden)]
+    of_muon = {n for n, p in named if config.optimizer == "muon" and p.ndim == 2 and n.startswith("transformer.h.")}
+    hidden = [p for name, p in named if name in of_muon]
+    matrices = [p for name, p in named if p.ndim >= 2 and name not in of_muon]
     vectors = [p for _, p in named if p.ndim < 2]
     decay = config.weight_decay
     muon = [{"params": hidden, "weight_decay": decay, "lr_scale": config.muon_lr_scale}]

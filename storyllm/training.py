@@ -66,13 +66,12 @@ def train_step(
     window weighs the same, its share of a whole update, even where fewer windows are left at the end. Returns the mean
     loss in nats per token and the norm of the gradient before clipping, both scalars on the device.
     """
-    windows_in_update = config.batch_size * config.gradient_accumulation_steps
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     summed_loss, windows = torch.zeros((), device=machine.device), 0
     for x, y in micro_batches:
         with machine.autocast():
             loss = loss_of(x, y)
-        scaler.scale(loss * (len(x) / windows_in_update)).backward()
+        scaler.scale(loss * (len(x) / config.windows_in_update)).backward()
         summed_loss += loss.detach() * len(x)
         windows += len(x)
     scaler.unscale_(optimizer)
@@ -298,7 +297,7 @@ class _Run:
 
     def _within_memory(self, work: Callable[[], Result]) -> Result:
         """What `work` gives; where memory runs out, it is done all over again with half the windows at once."""
-        most = max(self.config.batch_size * self.config.gradient_accumulation_steps, self.config.eval_windows)
+        most = max(self.config.windows_in_update, self.config.eval_windows)
         while True:
             try:
                 return work()
@@ -424,8 +423,8 @@ class _Run:
                     raise TypeError("scaler")
                 self.scaler.load_state_dict(saved["scaler"])
             for name in PROGRESS:
-                setattr(self, name, saved.get(name, getattr(self, name)))
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                setattr(self, name, saved[name])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise StoryLLMError(
                 f"{self.directory / LAST} does not fit this model ({' '.join(str(error).split())[:120]}): "
                 "take another checkpoint folder"
@@ -450,8 +449,7 @@ class _Run:
 
     def _loss_function(self) -> LossFunction:
         """`model.loss`, compiled where that was chosen and works. It is tried: its time begins the run's pace."""
-        in_update = self.config.batch_size * self.config.gradient_accumulation_steps
-        size = min(self.machine.micro_batch_size, in_update)
+        size = min(self.machine.micro_batch_size, self.config.windows_in_update)
         x, y = (part.contiguous() for part in self._windows("train", size, np.random.default_rng(0)))
 
         def tried() -> LossFunction:
@@ -480,11 +478,13 @@ class _Run:
             why = f"{self.machine.why}, which failed ({type(error).__name__}): not compiled"
             self.machine = dataclasses.replace(self.machine, compile=False, why=why)
             return self.model.loss
+
         # What is left over at the end of an update has another size: it is not worth a compilation of its own.
-        in_update = self.config.batch_size * self.config.gradient_accumulation_steps
-        return lambda x, y: (compiled if len(x) == min(self.machine.micro_batch_size, in_update) else self.model.loss)(
-            x, y
-        )
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            size = min(self.machine.micro_batch_size, self.config.windows_in_update)
+            return (compiled if len(x) == size else self.model.loss)(x, y)
+
+        return loss_of
 
     def _try(self, loss_of: LossFunction, x: Tensor, y: Tensor) -> None:
         """Takes a gradient, and waits until it is there."""

@@ -27,24 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from test_training import TINY
 
 import storyllm
-from storyllm import GPTConfig, Recipe, TrainConfig, checkpoint, files, log, tokens, training
+from storyllm import checkpoint, files, log, tokens, training
 
-RECIPE = Recipe(
-    model=GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1),
-    train=TrainConfig(
-        max_iters=40,
-        batch_size=3,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        min_lr=1e-3,
-        warmup_iters=4,
-        eval_interval=10,
-        eval_windows=6,
-        checkpoint_minutes=0.0,  # after every update
-        device="cpu",
-    ),
+RECIPE = TINY.override(
+    {
+        **{"train.max_iters": 40, "train.gradient_accumulation_steps": 2, "train.eval_interval": 10},
+        "train.checkpoint_minutes": 0.0,  # after every update
+    }
 )
 WRITING = {files.__file__, log.__file__, checkpoint.__file__, tokens.__file__}  # where a cut is aimed at
 

@@ -138,6 +138,7 @@ STATE = {
     "best_val_loss": 5.0,
     "seconds": 1.0,
     "log_bytes": 100,
+    "skipped_updates": 0,
     "micro_batch_size": 4,
 }
 
@@ -146,7 +147,7 @@ STATE = {
     "change",
     [
         *({name: None} for name in ("recipe", "data_sha256", "device")),
-        *({name: None} for name in ("iteration", "evaluated", "log_bytes", "seconds")),
+        *({name: None} for name in ("iteration", "evaluated", "log_bytes", "seconds", "skipped_updates")),
         *({"iteration": value} for value in (-1, 2.5, "3", [3], True)),
         *({"micro_batch_size": 0}, {"best_val_loss": "low"}, {"seconds": float("nan")}),
     ],
