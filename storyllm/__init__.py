@@ -6,7 +6,7 @@ from .generation import Storyteller, load
 from .log import Log, read_log
 from .model import GPT
 from .optim import lr_at
-from .plots import draw_flowchart, plot_losses
+from .plots import draw_flowchart, plot_losses, plot_runs
 from .sampling import next_token_probs
 from .stories import read_stories
 from .tokens import open_tokens, prepare, read_tokenizer, verify
@@ -33,6 +33,7 @@ __all__ = [
     "next_token_probs",
     "open_tokens",
     "plot_losses",
+    "plot_runs",
     "prepare",
     "read_log",
     "read_stories",

@@ -24,7 +24,7 @@ from .evaluation import evaluate
 from .files import cannot
 from .generation import load
 from .interrupt import Terminated, raise_interrupt
-from .plots import plot_losses
+from .plots import plot_losses, plot_runs
 from .tokens import prepare, verify
 from .training import train
 
@@ -167,13 +167,16 @@ class Evaluate:
 
 @dataclass
 class Plot:
-    """Draw a run's loss curves and learning rate."""
+    """Draw a run's loss curves and learning rate; several runs: their validation losses, against tokens and time."""
 
-    log: Path = Path("checkpoints/log.jsonl")  # the log that `train` wrote
+    log: tuple[Path, ...] = (Path("checkpoints/log.jsonl"),)  # the log that `train` wrote; or several
     out: Path = Path("losses.png")  # picture to write: .png, .svg or .pdf
 
     def run(self) -> int:
-        plot_losses(self.log, self.out)
+        if len(self.log) == 1:
+            plot_losses(self.log[0], self.out)
+        else:
+            plot_runs({str(log.parent): log for log in self.log}, self.out)
         print(printable(str(self.out)))
         return 0
 

@@ -16,7 +16,7 @@ def lr_at(iteration: int, config: TrainConfig) -> float:
 
     Linear warm-up from `warmup_start * learning_rate`, then from `learning_rate` to `min_lr`, by `schedule`:
     - "cosine": along half a cosine (Loshchilov and Hutter 2017);
-    - "flat": not at all until `decay_iters` are left, then along a line (Hu et al. 2024, Hägele et al. 2024).
+    - "flat": not at all until `decay_share` of all is left, then along a line (Hu et al. 2024, Hägele et al. 2024).
 
     Both reach `min_lr` at `max_iters` and keep it, unless the warm-up takes all of them.
     """
@@ -27,7 +27,8 @@ def lr_at(iteration: int, config: TrainConfig) -> float:
         progress = (iteration - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
         left = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))  # 1 -> 0
     else:
-        left = min(max(config.max_iters - iteration, 0) / max(1, config.decay_iters), 1.0)  # 1 -> 0
+        decay_iters = min(config.decay_share * config.max_iters, config.max_iters - config.warmup_iters)
+        left = min(max(config.max_iters - iteration, 0) / max(1.0, decay_iters), 1.0)  # 1 -> 0
     return config.min_lr + (config.learning_rate - config.min_lr) * left
 
 

@@ -10,11 +10,12 @@ import io
 import math
 import re
 import textwrap
-from itertools import pairwise
+from collections.abc import Mapping
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import GPTConfig, StoryLLMError, printable
+from .config import GPTConfig, Recipe, StoryLLMError, printable
 from .files import atomic_write
 from .log import Log, read_log
 
@@ -32,6 +33,7 @@ COLOURS = {
     "LayerNorm": (PINK, "#F7E1EE"),
     "": (GREY, "#F3F5F7"),
 }
+COLOURS_AND_MARKERS = [(ORANGE, "-o"), (BLUE, "-s"), (GREEN, "-^"), (PINK, "-D"), (SOFT, "-v")]
 STYLE = {
     **{"font.family": "DejaVu Sans", "font.size": 9.5, "text.color": INK, "axes.labelcolor": INK},
     **{"axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY},
@@ -86,6 +88,60 @@ def plot_losses(log: str | Path | Log, out: str | Path | None = None) -> Figure:
         bottom.set_xlabel("iterations")
         _head(losses, log, last)
         return _finish(figure, out)
+
+
+def plot_runs(logs: Mapping[str, str | Path | Log], out: str | Path | None = None) -> Figure:
+    """Validation losses of several runs by name, over the tokens trained on and over minutes, from their logs.
+
+    They are bits per byte, so that runs with different vocabularies compare. Saved to `out`, if given, in the format
+    of its suffix. Raises StoryLLMError for a log without recipe, time, or an evaluation after the start, and for an
+    `out` that cannot be written.
+    """
+    runs = {name: log if isinstance(log, Log) else read_log(log) for name, log in logs.items()}
+    curves = {name: _against_tokens_and_minutes(name, log) for name, log in runs.items()}
+    if not curves:
+        raise StoryLLMError("no runs were given, expected one log at least")
+
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.6), facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        panels = figure.subplots(1, 2, sharey=True)
+        for panel, key in zip(panels, ("millions of tokens", "minutes"), strict=True):
+            for (name, curve), (colour, marker) in zip(curves.items(), cycle(COLOURS_AND_MARKERS)):
+                label = printable(f"{name}: {curve['meaning']}")
+                panel.plot(curve[key], curve["bits per byte"], marker, color=colour, markersize=3.5, label=label)
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
+            panel.set_xlabel(key)
+            panel.grid(color="#E8ECEF", linewidth=0.8)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.tick_params(length=3)
+        panels[0].set_ylabel("validation loss (bits per byte)")
+        legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        panels[0].set_title("Validation loss of each run", loc="left", fontsize=14, fontweight="bold")
+        return _finish(figure, out)
+
+
+def _against_tokens_and_minutes(name: str, log: Log) -> dict[str, Any]:
+    """The points of a run's curve, but for its start, which a logarithmic axis has no place for; and its best."""
+    points = [e for e in log.evaluations if e["iteration"] > 0 and e.get("seconds")]
+    if not points or "recipe" not in log.run:
+        raise StoryLLMError(f"the log of {name!r} has no evaluation after the start, or no recipe: train for longer")
+    recipe = Recipe.from_dict(log.run["recipe"])
+    tokens = [e["iteration"] * recipe.train.batch_size * recipe.model.block_size for e in points]
+    best = min(points, key=lambda e: e["val_loss"])
+    return {
+        "millions of tokens": [count / 1e6 for count in tokens],
+        "minutes": [e["seconds"] / 60 for e in points],
+        "bits per byte": [e["val_bits_per_byte"] for e in points],
+        "meaning": f"best {best['val_bits_per_byte']:.3f} bits per byte ({best['val_loss']:.3f} nats per token) "
+        f"after {tokens[points.index(best)] / 1e6:,.3g} million tokens, {best['seconds'] / 60:,.1f} minutes",
+    }
 
 
 def _series(entries: list[dict[str, Any]], key: str) -> dict[int, float]:

@@ -357,17 +357,19 @@ class _Run:
             contents = model_contents(self.model, self.tokenizer, self.recipe)
             save_checkpoint(self.directory / BEST, {**contents, "iteration": point, "val_loss": val_loss})
         self.evaluated = point
+        bpb = bits_per_byte(val_loss, info.tokens, info.bytes)
         entry = {
             "event": "evaluation",
             "iteration": point,
             "train_loss": train_loss,
             "val_loss": val_loss,
-            "val_bits_per_byte": bits_per_byte(val_loss, info.tokens, info.bytes),
+            "val_bits_per_byte": bpb,
             "learning_rate": lr_at(point, self.config),
             "seconds": self.seconds,
         }
         self._write(log, entry)
-        bar.write(f"iteration {point:>6,}: train loss {train_loss:.4f}, validation loss {val_loss:.4f}", sys.stdout)
+        losses = f"train loss {train_loss:.4f}, validation loss {val_loss:.4f} ({bpb:.3f} bits per byte)"
+        bar.write(f"iteration {point:>6,}: {losses}", sys.stdout)
 
     def _mean_loss(self, x: Tensor, y: Tensor) -> float:
         return mean_loss(self.model.loss, self._micro_batches(x, y), self.machine)

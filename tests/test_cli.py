@@ -41,7 +41,9 @@ def test_the_whole_path(tmp_path, capsys, monkeypatch):
     assert "perplexity" in out
     assert "bits per byte" in out
     assert main(["plot"]) == 0
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert main("plot --log checkpoints/log.jsonl checkpoints/log.jsonl --out both.png".split()) == 0
+    for name in ("losses.png", "both.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "best_model_params.pt",
         "last.1.pt",

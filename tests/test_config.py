@@ -79,7 +79,7 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "train.windows": ("shuffled", ["Random", "", None]),
     "train.optimizer": ("muon", ["Muon", "sgd", None]),
     "train.schedule": ("flat", ["wsd", "", None]),
-    "train.decay_iters": (7, [-1, 1.5, None]),
+    "train.decay_share": (0.5, [-0.1, 1.1, math.nan, None]),
     "train.muon_lr_scale": (2.0, [0, -1.0, math.nan, math.inf]),
     "train.keep_checkpoints": (5, [-1, 1.0, None, 1_001]),
     "train.dtype": ("bfloat16", ["fp16", "", None, 16]),

@@ -56,12 +56,14 @@ def test_it_runs_top_to_bottom(executed):
 
 
 def test_it_shows_what_it_promises(executed):
-    assert pictures(executed) == ["flowchart", "curves"]
+    assert pictures(executed) == ["flowchart", "curves", "fast-curves"]
     assert "iteration     30" in printed(executed, "train")
     assert "30/30" in printed(executed, "train")
     assert printed(executed, "pumpkin").startswith("Once upon a time there was a pumpkin.")
     assert printed(executed, "temperatures").count("Once upon a time") >= 4
     assert "bits per byte" in printed(executed, "evaluate")
+    assert "10/10" in printed(executed, "fast-train")
+    assert printed(executed, "fast-story").startswith("Once upon a time")
 
 
 def test_the_copy_in_the_repository_is_a_real_run():
@@ -70,8 +72,8 @@ def test_the_copy_in_the_repository_is_a_real_run():
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not [output for cell in code for output in cell.outputs if output.output_type == "error"]
-    assert pictures(notebook) == ["flowchart", "curves"]
-    assert "finished already" not in printed(notebook, "train")
+    assert pictures(notebook) == ["flowchart", "curves", "fast-curves"]
+    assert "finished already" not in printed(notebook, "train") + printed(notebook, "fast-train")
     assert NOTEBOOK.stat().st_size < 1_500_000
 
 

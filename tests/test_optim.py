@@ -38,17 +38,32 @@ def test_the_schedules_corners():
 
 def test_the_flat_schedule():
     config = TrainConfig(
-        schedule="flat", max_iters=100, warmup_iters=10, warmup_start=0.0, learning_rate=2.0, decay_iters=40, min_lr=0.0
+        schedule="flat",
+        max_iters=100,
+        warmup_iters=10,
+        warmup_start=0.0,
+        learning_rate=2.0,
+        decay_share=0.4,
+        min_lr=0.0,
     )
     expected = {0: 0.0, 5: 1.0, 10: 2.0, 35: 2.0, 60: 2.0, 70: 1.5, 80: 1.0, 90: 0.5, 99: 0.05, 100: 0.0, 1000: 0.0}
     assert {i: pytest.approx(lr_at(i, config)) for i in expected} == expected
-    never_falling = dataclasses.replace(config, decay_iters=0)
+    never_falling = dataclasses.replace(config, decay_share=0.0)
     assert [lr_at(i, never_falling) for i in (50, 99)] == [2.0, 2.0]
 
 
-def test_a_decay_longer_than_there_is_room_for_is_refused():
-    with pytest.raises(StoryLLMError, match="decay_iters is 91, expected at most 90: max_iters - warmup_iters"):
-        TrainConfig(schedule="flat", max_iters=100, warmup_iters=10, decay_iters=91)
+def test_a_decay_begins_after_the_warm_up():
+    config = TrainConfig(
+        schedule="flat",
+        max_iters=100,
+        warmup_iters=20,
+        warmup_start=0.0,
+        learning_rate=1.0,
+        decay_share=1.0,
+        min_lr=0.2,
+    )
+    expected = {0: 0.0, 10: 0.5, 20: 1.0, 60: 0.6, 100: 0.2}
+    assert {i: pytest.approx(lr_at(i, config)) for i in expected} == expected
 
 
 def test_no_warm_up_and_nothing_but_warm_up():

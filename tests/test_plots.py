@@ -14,7 +14,7 @@ import pytest
 
 from storyllm.config import RECIPES, GPTConfig, StoryLLMError
 from storyllm.log import Log, read_log
-from storyllm.plots import count_parameters, draw_flowchart, plot_losses
+from storyllm.plots import count_parameters, draw_flowchart, plot_losses, plot_runs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CONFIGS = {
@@ -140,12 +140,42 @@ def test_a_path_is_read_and_a_picture_written(tmp_path):
     assert "<svg" in (tmp_path / "losses.svg").read_text(encoding="utf-8")
 
 
+def run_log(recipe: str, every: int) -> Log:
+    log = make_log(1_000, every, recipe)
+    for entry in log.evaluations:
+        entry["seconds"] = 0.3 * entry["iteration"]
+    return log
+
+
+def test_several_runs_are_drawn_over_tokens_and_minutes():
+    logs = {"faithful": run_log("faithful", 100), "$small$": run_log("small-vocab", 50)}
+    tokens, minutes = (figure := plot_runs(logs)).axes
+    sizes = {"faithful": 32 * 128, "$small$": 16 * 256}
+    for log, size, by_tokens, by_minutes in zip(
+        logs.values(), sizes.values(), tokens.lines, minutes.lines, strict=True
+    ):
+        points = log.evaluations[1:]  # the start has no place on a logarithmic axis
+        assert list(by_tokens.get_xdata()) == [e["iteration"] * size / 1e6 for e in points]
+        assert list(by_minutes.get_xdata()) == [e["seconds"] / 60 for e in points]
+        for curve in (by_tokens, by_minutes):
+            assert list(curve.get_ydata()) == [e["val_bits_per_byte"] for e in points]
+    text = words(figure)
+    best = logs["$small$"].evaluations[-1]
+    assert (
+        f"$small$: best {best['val_bits_per_byte']:.3f} bits per byte ({best['val_loss']:.3f} nats per token)" in text
+    )
+    assert "after 4.1 million tokens, 5.0 minutes" in text
+    assert png(figure).startswith(PNG)
+
+
 def test_bad_input_is_told_in_one_line(tmp_path):
     log, file = make_log(10, 10), tmp_path / "file"
     file.write_text("", encoding="utf-8")
     cases = [
         (lambda: plot_losses(tmp_path / "none.jsonl"), "there is no log .*none.jsonl"),
         (lambda: plot_losses(file), "file holds no update and no evaluation"),
+        (lambda: plot_runs({}), "no runs were given"),
+        (lambda: plot_runs({"a": make_log(10, 20)}), "'a' has no evaluation after the start"),
         (lambda: plot_losses(Log()), "the log holds no update and no evaluation"),
         (lambda: plot_losses(Log(evaluations=[{"iteration": 5}])), "the log holds no update and no evaluation"),
         (lambda: plot_losses(log, tmp_path / "losses.doc"), r"losses.doc'?, expected a name that ends in .*\.png"),

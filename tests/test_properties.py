@@ -325,7 +325,7 @@ def schedules(draw):
         max_iters=max_iters,
         schedule=draw(st.sampled_from(get_args(get_type_hints(TrainConfig)["schedule"]))),
         warmup_iters=warmup_iters,
-        decay_iters=draw(st.integers(0, max(0, max_iters - warmup_iters))),
+        decay_share=draw(st.floats(0, 1)),
         learning_rate=draw(RATES),
         min_lr=draw(RATES | st.just(0.0)),
         warmup_start=draw(st.floats(0, 1)),
@@ -336,13 +336,17 @@ def steepest(config):
     """The most that the rate may move in an iteration after the warm-up."""
     difference = abs(config.learning_rate - config.min_lr)
     if config.schedule == "flat":
-        return difference / max(1, config.decay_iters)
+        return difference / max(1, decay_iters(config))
     return math.pi / 2 * difference / (config.max_iters - config.warmup_iters)
+
+
+def decay_iters(config):
+    return min(config.decay_share * config.max_iters, config.max_iters - config.warmup_iters)
 
 
 def corners(config):
     """Iterations of the schedule where something begins or ends, and those beside them."""
-    decay = config.max_iters - config.decay_iters
+    decay = math.floor(config.max_iters - decay_iters(config))
     ends = (0, config.warmup_iters, (config.warmup_iters + config.max_iters) // 2, decay, config.max_iters)
     return {max(0, end + step) for end in ends for step in (-1, 0, 1)}
 
@@ -379,12 +383,15 @@ def test_the_rate_goes_through_its_corners(config, iterations):
         assert lr_at(0, config) == pytest.approx(config.warmup_start * config.learning_rate)
     if config.warmup_iters < config.max_iters:
         assert {lr_at(config.max_iters + further, config) for further in (0, 1, 1000)} == {config.min_lr}
-        falls_from = config.warmup_iters if config.schedule == "cosine" else config.max_iters - config.decay_iters
+        falls_from = config.warmup_iters
+        if config.schedule == "flat":
+            falls_from = math.floor(config.max_iters - decay_iters(config))
         rounding = {"rel": 1e-9, "abs": 1e-12 * max(config.learning_rate, config.min_lr)}
         for iteration in {config.warmup_iters, min(falls_from, config.max_iters - 1)}:
             assert lr_at(iteration, config) == pytest.approx(config.learning_rate, **rounding)
         middle, odd = divmod(falls_from + config.max_iters, 2)
-        if not odd and falls_from < config.max_iters:
+        is_whole = config.schedule == "cosine" or falls_from == config.max_iters - decay_iters(config)
+        if not odd and is_whole and falls_from < config.max_iters:
             assert lr_at(middle, config) == pytest.approx((config.learning_rate + config.min_lr) / 2)
     before = dataclasses.asdict(config)
     forwards = {i: lr_at(i, config) for i in sorted(iterations)}
@@ -501,7 +508,7 @@ TINY = {
     "train.min_lr": st.floats(0, 1e-2),
     "train.warmup_iters": st.integers(0, 10),
     "train.warmup_start": st.floats(0, 1),
-    "train.decay_iters": st.integers(0, 3),
+    "train.decay_share": st.floats(0, 1),
     "train.muon_lr_scale": st.floats(0.1, 2),
     "train.weight_decay": st.floats(0, 1),
     "train.beta1": st.floats(0, 0.9),
@@ -518,14 +525,7 @@ TINY = {
 }
 
 
-def has_room_for_its_decay(changes):
-    room = max(0, changes["train.max_iters"] - changes["train.warmup_iters"])
-    return changes["train.schedule"] == "cosine" or changes["train.decay_iters"] <= room
-
-
-TINY_RECIPES = (
-    st.fixed_dictionaries(TINY).filter(has_room_for_its_decay).map(lambda changes: Recipe().override(changes))
-)
+TINY_RECIPES = st.fixed_dictionaries(TINY).map(lambda changes: Recipe().override(changes))
 
 
 def test_every_field_of_a_run_has_a_strategy():
@@ -587,7 +587,7 @@ LIVE = Recipe().override(
         **{"model.block_size": 8, "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 8},
         **{"train.max_iters": 6, "train.batch_size": 2, "train.gradient_accumulation_steps": 2, "train.device": "cpu"},
         **{"train.warmup_iters": 3, "train.learning_rate": 1e-2, "train.min_lr": 1e-3, "train.eval_windows": 3},
-        **{"train.optimizer": "muon", "train.schedule": "flat", "train.decay_iters": 2},
+        **{"train.optimizer": "muon", "train.schedule": "flat", "train.decay_share": 0.4},
     }
 )
 # What another value does to a run like LIVE: other weights, the same ones, or the same but for rounding.
@@ -616,7 +616,7 @@ EFFECT = {
     "train.windows": ("shuffled", "other"),
     "train.optimizer": ("adamw", "other"),
     "train.schedule": ("cosine", "other"),
-    "train.decay_iters": (3, "other"),
+    "train.decay_share": (0.5, "other"),
     "train.muon_lr_scale": (0.5, "other"),
     "train.learning_rate": (9e-3, "other"),
     "train.min_lr": (2e-3, "other"),

@@ -60,6 +60,16 @@ def whole(tiny_data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(("name", "bound"), [("fast", 2.6), ("small-vocab", 2.6)])
+def test_the_recipes_that_learn_fast_do(tiny_data, tmp_path, name, bound):
+    """A few updates of two windows: faithful's rates would not have left ln(300) = 5.7 behind."""
+    changes = {"train.max_iters": 40, "train.warmup_iters": 5, "train.batch_size": 2, "train.eval_interval": 40}
+    recipe = RECIPES[name].override({**changes, "train.eval_windows": 8, "train.device": "cpu"})
+    log = train(recipe, tiny_data, tmp_path)
+    assert log.evaluations[0]["val_loss"] == pytest.approx(math.log(300), abs=0.2)
+    assert log.evaluations[-1]["val_loss"] < bound
+
+
 # What a step computes
 
 
@@ -232,7 +242,12 @@ def test_cut_and_continued_equals_uninterrupted_to_the_bit(whole, tiny_data, tmp
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_muon_and_shuffled_windows_continue_too(tiny_data, tmp_path, dtype):
-    changes = {"train.optimizer": "muon", "train.windows": "shuffled", "train.schedule": "flat", "train.decay_iters": 9}
+    changes = {
+        "train.optimizer": "muon",
+        "train.windows": "shuffled",
+        "train.schedule": "flat",
+        "train.decay_share": 0.4,
+    }
     recipe = TINY.override({**changes, "train.dtype": dtype})
     train(recipe, tiny_data, tmp_path / "whole")
     for stop_at in (9, 17):
