@@ -64,6 +64,7 @@ def main(
     sections = {
         "training": lambda: end_to_end(recipe, data_dir, iterations, peer_iterations, eval_batches, rate),
         "updates": lambda: steps(recipe, repeats, rate),
+        "optimizers": lambda: optimizers(recipe, repeats),
         "memory": lambda: memory(recipe),
         "loss": lambda: loss.main(tokens=64 if small else 8_192, device=device, repeats=repeats),
         "telling": lambda: telling.main(device=device, repeats=repeats, **told),
@@ -149,6 +150,17 @@ def steps(recipe: storyllm.Recipe, repeats: int, rate: float) -> None:
     rates = {name: operations / value / 1e12 for name, value in seconds.items()}
     title = f"an update of {windows} windows ({chosen.why})"
     print_table(title, "TFLOP/s", {**rates, "the matrix rate": rate / 1e12}, less_is_better=False)
+
+
+def optimizers(recipe: storyllm.Recipe, repeats: int) -> None:
+    """An update as `fast` makes it, of the model of `recipe`: what Muon costs here, where bf16 may be emulated."""
+    fast = dataclasses.replace(storyllm.RECIPES["fast"].train, device=recipe.train.device)
+    recipe = storyllm.Recipe(model=dataclasses.replace(recipe.model, dropout=0.0), train=fast)
+    batch = batch_of(recipe)
+    tasks = {"ours": update(recipe, *batch), "AdamW alone": update(changed(recipe, optimizer="adamw"), *batch)}
+    seconds = in_turn(tasks, repeats)
+    title = f"an update of {len(batch[0])} windows with the settings of fast"
+    print_table(title, "ms", {name: 1e3 * value for name, value in seconds.items()})
 
 
 def changed(recipe: storyllm.Recipe, **fields: object) -> storyllm.Recipe:

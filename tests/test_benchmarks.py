@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from storyllm import GPT, GPTConfig, Recipe, TrainConfig, open_tokens, read_log, train
+from storyllm import GPT, GPTConfig, Recipe, TrainConfig, evaluate, load, open_tokens, read_log, train
 from storyllm.tokens import random_windows
 from storyllm.training import TRAINING
 
@@ -27,11 +27,12 @@ SMALL = {
     "import_time.py": "--repeats 1",
     "gpu.py": "--data-dir {data} --device cpu --small",
 }
-SLOW_OR_SHARED = {"memory.py", "faithful_curve.py", "sweep.py", "plain_loop.py", "side_by_side.py"}
+SLOW_OR_SHARED = {"memory.py", "faithful_curve.py", "plain_loop.py", "side_by_side.py"}
+HELD_BELOW = {"learning_curves.py", "sweep.py"}
 
 
 def test_every_benchmark_is_run_here_or_known_not_to_be():
-    assert set(SMALL) | SLOW_OR_SHARED == SCRIPTS
+    assert set(SMALL) | SLOW_OR_SHARED | HELD_BELOW == SCRIPTS
 
 
 def test_every_benchmark_is_explained_and_make_bench_runs_those_for_a_cpu():
@@ -57,17 +58,40 @@ def test_a_sweep_has_a_row_for_each_of_its_settings_and_makes_none_twice(tiny_da
     base = "model.n_layer=1 model.n_embd=12 model.block_size=8 train.batch_size=2 train.gradient_accumulation_steps=1"
     options = ["--data-dir", tiny_data, "--tokens", "160", "--base", f"{base} train.device=cpu", "--seeds", "2"]
     options += ["--rows", "train.optimizer=muon train.schedule=flat", "train.learning_rate=1e-3"]
+    options += ["train.windows=shuffled try=from_story_starts", "try=zero_projections"]
     command = [sys.executable, str(BENCHMARKS / "sweep.py"), *map(str, options)]
     tables = []
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr[-2_000:]
         tables.append(re.findall(r"^ +(\d\.\d{4}) +(\d\.\d{4}) .*seed (\d)$", done.stdout, re.M))
-    assert len(tables[0]) == len(set(tables[0])) == 4
+    assert len(tables[0]) == len(set(tables[0])) == 8
     assert tables[1] == tables[0]
     runs = list((tmp_path / "checkpoints" / "sweep").iterdir())
-    assert len(runs) == 4
+    assert len(runs) == 8
     assert all(read_log(run / "log.jsonl").updates[-1]["iteration"] == 10 for run in runs)
+
+
+def test_runs_are_compared_on_all_validation_stories(tiny_data, tmp_path):
+    options = [
+        "--source",
+        tiny_data.parent / "stories.txt",
+        "--runs",
+        "small-vocab",
+        "--tokens",
+        "8192",
+        "--seeds",
+        "2",
+    ]
+    options += ["--out", "runs.png", "--folder", "runs"]
+    command = [sys.executable, str(BENCHMARKS / "learning_curves.py"), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    rows = re.findall(r"^small-vocab +(\d) +8,192 +[\d,]+ +(\d\.\d{4}) +(\d\.\d{4}) +\d", done.stdout, re.M)
+    assert [row[0] for row in rows] == ["0", "1"] and rows[0][1] != rows[1][1]
+    report = evaluate(load(tmp_path / "runs/small-vocab-8192-1/last.pt"), tmp_path / "runs/data-bpe4096/validation.bin")
+    assert rows[1][1:] == (f"{report.loss:.4f}", f"{report.bits_per_byte:.4f}")
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_input_is_one_line_and_exit_code_2():
