@@ -60,14 +60,14 @@ def whole(tiny_data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("name", "bound"), [("fast", 2.6), ("small-vocab", 2.6)])
-def test_the_recipes_that_learn_fast_do(tiny_data, tmp_path, name, bound):
-    """A few updates of two windows: faithful's rates would not have left ln(300) = 5.7 behind."""
-    changes = {"train.max_iters": 40, "train.warmup_iters": 5, "train.batch_size": 2, "train.eval_interval": 40}
+@pytest.mark.parametrize("name", ["fast", "small-vocab"])
+def test_the_recipes_that_learn_fast_do(tiny_data, tmp_path, name):
+    """Twenty updates of two windows bring the loss from ln(300) = 5.7 to under 2; faithful would be in its warm-up."""
+    changes = {"train.max_iters": 20, "train.warmup_iters": 3, "train.batch_size": 2, "train.eval_interval": 20}
     recipe = RECIPES[name].override({**changes, "train.eval_windows": 8, "train.device": "cpu"})
     log = train(recipe, tiny_data, tmp_path)
     assert log.evaluations[0]["val_loss"] == pytest.approx(math.log(300), abs=0.2)
-    assert log.evaluations[-1]["val_loss"] < bound
+    assert log.evaluations[-1]["val_loss"] < 2
 
 
 # What a step computes
