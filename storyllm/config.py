@@ -229,11 +229,10 @@ _FAST = TrainConfig(
     windows="shuffled",
     optimizer="muon",
     schedule="flat",
-    learning_rate=1.2e-2,
+    learning_rate=5e-3,
     min_lr=0.0,
     warmup_iters=60,
     decay_share=0.6,
-    muon_lr_scale=0.4,
     beta2=0.99,
     grad_clip=1.0,
     eval_interval=122,
@@ -249,7 +248,7 @@ RECIPES: dict[str, Recipe] = {
     "small-vocab": Recipe(
         model=GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.0),
         data=DataConfig(tokenizer="bpe:4096"),
-        train=dataclasses.replace(_FAST, max_iters=24_000, batch_size=16, eval_interval=1_000),
+        train=dataclasses.replace(_FAST, max_iters=15_000, eval_interval=500),
     ),
     # From nothing to a readable story in under three minutes on two CPU cores, with no network.
     "demo": Recipe(
