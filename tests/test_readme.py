@@ -30,6 +30,18 @@ def test_the_recipes_table():
         assert rows[name][:6] == [f"{number:,}" for number in numbers], name
 
 
+def test_what_is_said_of_fast_and_small_vocab():
+    text = " ".join(README.split())
+    for name, tokens in (("fast", "with 2.5M tokens"), ("small-vocab", "61 million tokens")):
+        train, model = RECIPES[name].train, RECIPES[name].model
+        seen = train.max_iters * train.batch_size * model.block_size / 1e6
+        assert float(re.search(r"[\d.]+", tokens)[0]) == pytest.approx(seen, rel=0.01)
+        assert tokens in text
+        assert f"its {train.max_iters:,} updates" in text
+        assert f"an update after every {train.windows_in_update} windows" in text
+        assert train.gradient_accumulation_steps == 1 and model.dropout == 0
+
+
 def test_the_modules_table():
     from test_package import PATH
 
