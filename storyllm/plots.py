@@ -105,6 +105,7 @@ def plot_runs(logs: Mapping[str, str | Path | Log], out: str | Path | None = Non
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.6), facecolor="white", layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
@@ -114,7 +115,9 @@ def plot_runs(logs: Mapping[str, str | Path | Log], out: str | Path | None = Non
                 label = printable(f"{name}: {curve['meaning']}")
                 panel.plot(curve[key], curve["bits per byte"], marker, color=colour, markersize=3.5, label=label)
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_xlabel(key)
             panel.grid(color="#E8ECEF", linewidth=0.8)
             panel.spines[["top", "right"]].set_visible(False)
