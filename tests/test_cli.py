@@ -93,7 +93,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --recipe fathful", "there is no recipe 'fathful', expected one of: faithful, demo"),
+        ("train --recipe fathful", "there is no recipe 'fathful', expected one of: faithful, fast, small-vocab, demo"),
         ("train --model.n-embd 100", "n_embd is 100, expected a multiple of n_head (6)"),
         ("train --train.learning-rate -1", "learning_rate is -1.0, expected more than 0"),
         ("train --data-dir nowhere", "there is no nowhere/train.bin: make the data with `storyllm prepare`"),
