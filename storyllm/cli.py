@@ -26,7 +26,7 @@ from .generation import load
 from .interrupt import Terminated, raise_interrupt
 from .plots import plot_losses, plot_runs
 from .tokens import prepare, verify
-from .training import train
+from .training import LOG, train
 
 RECIPE_HELP = f"one of: {', '.join(RECIPES)}; its fields are the defaults of the other options"
 RecipeName = Annotated[str, arg(help=RECIPE_HELP, metavar="NAME")]
@@ -176,7 +176,7 @@ class Plot:
         if len(self.log) == 1:
             plot_losses(self.log[0], self.out)
         else:
-            plot_runs({str(log.parent): log for log in self.log}, self.out)
+            plot_runs({str(log.parent if log.name == LOG else log): log for log in self.log}, self.out)
         print(printable(str(self.out)))
         return 0
 

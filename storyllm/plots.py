@@ -132,7 +132,8 @@ def plot_runs(logs: Mapping[str, str | Path | Log], out: str | Path | None = Non
 
 def _against_tokens_and_minutes(name: str, log: Log) -> dict[str, Any]:
     """The points of a run's curve, but for its start, which a logarithmic axis has no place for; and its best."""
-    points = [e for e in log.evaluations if e["iteration"] > 0 and e.get("seconds")]
+    timed = (e for e in log.evaluations if isinstance(e.get("seconds"), (int, float)))
+    points = [e for e in timed if e["iteration"] > 0 and e["seconds"] > 0]
     if not points or "recipe" not in log.run:
         raise StoryLLMError(f"the log of {name!r} has no evaluation after the start, or no recipe: train for longer")
     recipe = Recipe.from_dict(log.run["recipe"])

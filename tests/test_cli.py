@@ -41,7 +41,8 @@ def test_the_whole_path(tmp_path, capsys, monkeypatch):
     assert "perplexity" in out
     assert "bits per byte" in out
     assert main(["plot"]) == 0
-    assert main("plot --log checkpoints/log.jsonl checkpoints/log.jsonl --out both.png".split()) == 0
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "checkpoints" / "log.jsonl").read_bytes())
+    assert main("plot --log checkpoints/log.jsonl copy.jsonl --out both.png".split()) == 0
     for name in ("losses.png", "both.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [

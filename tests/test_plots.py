@@ -171,10 +171,15 @@ def test_several_runs_are_drawn_over_tokens_and_minutes():
 def test_bad_input_is_told_in_one_line(tmp_path):
     log, file = make_log(10, 10), tmp_path / "file"
     file.write_text("", encoding="utf-8")
+    untimed = [{"seconds": "x", **e} for e in log.evaluations]
     cases = [
         (lambda: plot_losses(tmp_path / "none.jsonl"), "there is no log .*none.jsonl"),
         (lambda: plot_losses(file), "file holds no update and no evaluation"),
         (lambda: plot_runs({}), "no runs were given"),
+        (
+            lambda: plot_runs({"a": Log(run=log.run, evaluations=[{"seconds": "x", **e} for e in log.evaluations])}),
+            "'a'",
+        ),
         (lambda: plot_runs({"a": make_log(10, 20)}), "'a' has no evaluation after the start"),
         (lambda: plot_losses(Log()), "the log holds no update and no evaluation"),
         (lambda: plot_losses(Log(evaluations=[{"iteration": 5}])), "the log holds no update and no evaluation"),
