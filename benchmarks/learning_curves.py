@@ -33,8 +33,12 @@ def main(
     folder: Path = Path("checkpoints/learning_curves"),
     out: Path | None = None,
     dtype: str = "auto",
+    eval_windows: int = 256,
 ) -> int:
-    """Trains each run with each seed on `tokens` tokens; prints a table, and draws the figure `out`."""
+    """Trains each run with each seed on `tokens` tokens; prints a table, and draws the figure `out`.
+
+    The curves are losses on `eval_windows` fixed windows, the table's on all validation stories.
+    """
     print(machine())
     print(f"{'run':<12} {'seed':>4} {'tokens':>12} {'parameters':>11} {'loss':>7} {'bits/byte':>9} {'minutes':>8}")
     logs: dict[str, storyllm.Log] = {}
@@ -47,7 +51,8 @@ def main(
             per_iteration = recipe.train.batch_size * recipe.model.block_size
             iterations = max(1, tokens // per_iteration)
             limit = "train.stop_at" if base == "faithful" else "train.max_iters"
-            recipe = recipe.override({limit: iterations, "train.eval_interval": max(1, iterations // 20)})
+            evaluations = {"train.eval_interval": max(1, iterations // 20), "train.eval_windows": eval_windows}
+            recipe = recipe.override({limit: iterations, **evaluations})
             data_dir = folder / f"data-{recipe.data.tokenizer.replace(':', '')}"
             run = folder / f"{name}-{iterations * per_iteration}-{seed}"
             storyllm.prepare(recipe.data, data_dir)

@@ -83,7 +83,7 @@ def test_runs_are_compared_on_all_validation_stories(tiny_data, tmp_path):
         "--seeds",
         "2",
     ]
-    options += ["--out", "runs.png", "--folder", "runs"]
+    options += ["--eval-windows", "4", "--out", "runs.png", "--folder", "runs"]
     command = [sys.executable, str(BENCHMARKS / "learning_curves.py"), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr[-2_000:]

@@ -332,9 +332,17 @@ def test_in_a_notebook_a_stopped_cell_run_again_continues(tiny_data, tmp_path):
         recipe = TINY.override({"train.max_iters": 4000, "train.eval_interval": 1000})
         made = f"storyllm.Recipe.from_dict({recipe.to_dict()})"
         cell = f"log = storyllm.train({made}, {str(tiny_data)!r}, {str(tmp_path)!r})"
-        stop = (
-            f"import os, signal, threading\nthreading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()\n{cell}"
-        )
+        stop = f"""
+import os, pathlib, signal, threading, time
+
+def when_it_trains():
+    log = pathlib.Path({str(tmp_path / "log.jsonl")!r})
+    while not log.exists() or b'"update"' not in log.read_bytes():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=when_it_trains).start()
+{cell}"""
         assert run(stop) == "ok"
         assert run("log.interrupted, log.updates[-1]['iteration']") == "ok"
         assert said[-1].startswith("(2, ")
