@@ -242,9 +242,9 @@ _FAST = TrainConfig(
 RECIPES: dict[str, Recipe] = {
     # The specification to the letter: 6 layers, 384 wide, 20,000 iterations, a rate that rises from 1e-4 to 5e-4.
     "faithful": _FAITHFUL,
-    # The same model, tokenizer and context, with 2.5 million tokens: the published final loss within a minute or two.
+    # The same model, tokenizer and context, with 2.5 million tokens: the published final loss.
     "fast": Recipe(model=dataclasses.replace(_FAITHFUL.model, dropout=0.0), train=_FAST),
-    # A vocabulary that these stories need, and the model that five minutes of a T4 teach the most.
+    # A vocabulary that these stories need, and a model of the size that suits five minutes of a T4, by counting.
     "small-vocab": Recipe(
         model=GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.0),
         data=DataConfig(tokenizer="bpe:4096"),

@@ -79,9 +79,7 @@ def plot_losses(log: str | Path | Log, out: str | Path | None = None) -> Figure:
             bottom.yaxis.set_major_locator(MaxNLocator(3))
             bottom.ticklabel_format(axis="y", scilimits=(0, 0), useMathText=True)
         for panel in panels:
-            panel.grid(color="#E8ECEF", linewidth=0.8)
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(length=3)
+            _style(panel)
         bottom.set_xlim(-0.015 * max(last, 1), 1.025 * max(last, 1))
         bottom.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         bottom.xaxis.set_major_formatter(lambda iteration, _: f"{iteration:,.0f}")
@@ -119,9 +117,7 @@ def plot_runs(logs: Mapping[str, str | Path | Log], out: str | Path | None = Non
             panel.xaxis.set_major_formatter(lambda x, _: f"{x:,g}")
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_xlabel(key)
-            panel.grid(color="#E8ECEF", linewidth=0.8)
-            panel.spines[["top", "right"]].set_visible(False)
-            panel.tick_params(length=3)
+            _style(panel)
         panels[0].set_ylabel("validation loss (bits per byte)")
         legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", frameon=False)
         for text in legend.get_texts():
@@ -146,6 +142,13 @@ def _against_tokens_and_minutes(name: str, log: Log) -> dict[str, Any]:
         "meaning": f"best {best['val_bits_per_byte']:.3f} bits per byte ({best['val_loss']:.3f} nats per token) "
         f"after {tokens[points.index(best)] / 1e6:,.3g} million tokens, {best['seconds'] / 60:,.1f} minutes",
     }
+
+
+def _style(panel: Axes) -> None:
+    """A pale grid, and no frame above and to the right."""
+    panel.grid(color="#E8ECEF", linewidth=0.8)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(length=3)
 
 
 def _series(entries: list[dict[str, Any]], key: str) -> dict[int, float]:
