@@ -1,16 +1,19 @@
-"""StoryLLM: a small GPT that learns from scratch to tell children's stories, and tells them."""
+"""StoryLLM trains a small GPT from scratch to write children's stories."""
 
-from .config import RECIPES, DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig, get_recipe
-from .evaluation import Report, evaluate
-from .generation import Storyteller, load
-from .log import Log, read_log
-from .model import GPT
-from .optim import lr_at
-from .plots import draw_flowchart, plot_losses, plot_runs
-from .sampling import next_token_probs
-from .stories import read_stories
-from .tokens import open_tokens, prepare, read_tokenizer, verify
-from .training import train
+from .config import DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig
+from .data.prepare import prepare
+from .data.stories import read_stories
+from .data.token_file import load_tokenizer, open_token_file, verify
+from .evaluation.likelihood import Report, evaluate
+from .model.gpt import GPT
+from .model.sampling import next_token_probs
+from .plots.architecture import plot_architecture
+from .plots.loss_curves import plot_losses, plot_runs
+from .recipes import RECIPES, get_recipe
+from .storyteller import Storyteller, load
+from .training.log import Log, read_log
+from .training.loop import train
+from .training.optimizer import lr_at
 
 __version__ = "0.1.0"
 
@@ -25,19 +28,19 @@ __all__ = [
     "StoryLLMError",
     "Storyteller",
     "TrainConfig",
-    "draw_flowchart",
     "evaluate",
     "get_recipe",
     "load",
+    "load_tokenizer",
     "lr_at",
     "next_token_probs",
-    "open_tokens",
+    "open_token_file",
+    "plot_architecture",
     "plot_losses",
     "plot_runs",
     "prepare",
     "read_log",
     "read_stories",
-    "read_tokenizer",
     "train",
     "verify",
 ]

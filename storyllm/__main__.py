@@ -1,4 +1,4 @@
-"""`python -m storyllm` is the command line."""
+"""Runs the command line: `python -m storyllm`."""
 
 import sys
 

@@ -1,7 +1,6 @@
-"""What a run is made of: the model, the data and the training, as frozen dataclasses, and the table of recipes.
+"""The configuration of a run: model, data and training as frozen dataclasses that validate their fields.
 
-Every field is checked when the object is made, so an impossible recipe never gets as far as a tensor. The comment
-behind a field is also its help text on the command line.
+The comment after a field is also its help text on the command line.
 """
 
 from __future__ import annotations
@@ -17,148 +16,169 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def printable(text: str) -> str:
-    """`text` with its control characters, but for line ends and tabs, written out: a terminal shows and obeys none."""
-    commands = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # the last turn the order of text around
-    return re.sub(commands, lambda command: ascii(command[0])[1:-1], text)
+    """`text` with control characters escaped, except newlines and tabs, so that a terminal does not execute them."""
+    # The last two ranges are line separators and characters that change the direction of text.
+    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    return re.sub(control, lambda match: ascii(match[0])[1:-1], text)
 
 
-class StoryLLMError(ValueError):
-    """Any bad input: the message says in one line what was got, what was expected and what to do."""
+class StoryLLMError(Exception):
+    """Bad input. The message is one line: what was given, what was expected, and what to do."""
 
     def __init__(self, message: str) -> None:
-        # It may quote what a stranger's file holds.
+        # The message may quote untrusted files.
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 def _check_types(config: Any) -> None:
-    """Raises StoryLLMError unless every field holds a value of its declared type (an int may stand for a float)."""
+    """Raises StoryLLMError unless each field has its declared type. Converts an int to float where needed."""
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         options = [hint] if get_origin(hint) is Literal or not get_args(hint) else list(get_args(hint))
-        if type(value) is int and value.bit_length() > 1_000:  # Python would not write it out
-            raise StoryLLMError(f"{name} is a whole number of {value.bit_length()} bits, expected one under 2**63")
+        if type(value) is int and value.bit_length() > 1_000:  # Python refuses to format it
+            raise StoryLLMError(f"{name} is an integer of {value.bit_length()} bits, must be less than 2**63")
         if float in options and type(value) is int and abs(value) < 2**53:
-            object.__setattr__(config, name, float(value))  # the one way to change a frozen field
-        elif not any(_fits(value, option) for option in options):
-            expected = " or ".join(map(_written, options))
-            got = " ".join(reprlib.repr(value).split())  # what a file holds may be long, or a tensor of several lines
-            raise StoryLLMError(f"{name} is {got}, expected {expected}")
+            object.__setattr__(config, name, float(value))  # the fields are frozen
+        elif not any(_matches(value, option) for option in options):
+            expected = " or ".join(map(_type_name, options))
+            given = " ".join(reprlib.repr(value).split())  # untrusted: it may be long or a tensor of several lines
+            raise StoryLLMError(f"{name} is {given}, must be {expected}")
 
 
-def _fits(value: Any, option: Any) -> bool:
-    """Is `value` of the type `option`, or one of the words of a Literal?"""
+def _matches(value: Any, option: Any) -> bool:
+    """True if `value` has the type `option` or is one of its literals."""
     if get_origin(option) is Literal:
         return type(value) is str and value in get_args(option)
     return type(value) is option
 
 
-def _written(option: Any) -> str:
+def _type_name(option: Any) -> str:
     if get_origin(option) is Literal:
         return " or ".join(map(repr, get_args(option)))
     return "None" if option is type(None) else option.__name__
 
 
-def _check_range(config: Any, low: float, *names: str, above: bool = False, high: float = math.inf) -> None:
-    """Raises StoryLLMError unless each named field (None and "auto" aside) is at least `low` (over it, if `above`)."""
+def _check_range(config: Any, low: float, *names: str, exclusive: bool = False, high: float = math.inf) -> None:
+    """Raises StoryLLMError unless each named field is in [low, high], or in (low, high] if `exclusive`.
+
+    Fields that are None or "auto" are skipped.
+    """
     for name in names:
         value = getattr(config, name)
         if value is None or value == "auto":
             continue
-        if not (value > low or (value == low and not above)) or value > high or value == math.inf:
-            bound = f"{'more than' if above else 'at least'} {low}"
+        if not (value > low or (value == low and not exclusive)) or value > high or value == math.inf:
+            bound = f"{'greater than' if exclusive else 'at least'} {low}"
             bound += f" and at most {high}" if high < math.inf else " and finite" if value == math.inf else ""
-            raise StoryLLMError(f"{name} is {value}, expected {bound}")
+            raise StoryLLMError(f"{name} is {value}, must be {bound}")
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT-2 style transformer. Raises StoryLLMError for a shape that cannot be built."""
+    """The shape of a GPT-2 style transformer.
 
-    vocab_size: int = 50257  # tokens in the vocabulary; when training, the data's own
+    Raises:
+        StoryLLMError: a value is invalid.
+    """
+
+    vocab_size: int = 50257  # vocabulary size; training uses that of the data
     block_size: int = 128  # context length in tokens
-    n_layer: int = 6  # transformer blocks
-    n_head: int = 6  # attention heads in a block
-    n_embd: int = 384  # width of the residual stream, a multiple of n_head
-    dropout: float = 0.1  # probability, on embeddings, attention weights and residuals
-    bias: bool = True  # biases in the linear layers and the layer norms, as in GPT-2
-    flash_attention: bool = True  # PyTorch's fused attention; False: the plain masked softmax
-    gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, more time
+    n_layer: int = 6  # number of transformer blocks
+    n_head: int = 6  # attention heads per block
+    n_embd: int = 384  # width (hidden size), a multiple of n_head
+    dropout: float = 0.1  # dropout probability for embeddings, attention weights and residuals
+    bias: bool = True  # use biases in linear layers and LayerNorm, as GPT-2 does
+    flash_attention: bool = True  # use PyTorch's fused attention kernels
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_range(self, 1, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
         if self.n_embd % self.n_head:
+            multiple = (self.n_embd // self.n_head + 1) * self.n_head
             raise StoryLLMError(
-                f"n_embd is {self.n_embd}, expected a multiple of n_head ({self.n_head}): "
-                f"take {self.n_embd // self.n_head * self.n_head + self.n_head}"
+                f"n_embd is {self.n_embd}, must be a multiple of n_head ({self.n_head}); use {multiple}"
             )
         if not 0 <= self.dropout < 1:
-            raise StoryLLMError(f"dropout is {self.dropout}, expected a probability from 0 to under 1")
+            raise StoryLLMError(f"dropout is {self.dropout}, must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the stories come from and how they become tokens."""
+    """The source of the stories and how they are tokenized.
 
-    source: str = "roneneldan/TinyStories"  # a dataset on the hub, a local folder or file, or "builtin"
-    tokenizer: str = "gpt2"  # "gpt2", or "bpe:N": a byte-level vocabulary of N tokens trained on the stories
-    text_column: str = "text"  # column (hub, .parquet) or key (.jsonl) that holds the story
-    validation_fraction: float = 0.01  # share of stories held out where the source has no validation split
-    clean: bool = False  # mend mojibake, strip spaces at the ends, drop empty stories; False: text as it is
-    builtin_stories: int = 20_000  # training stories that "builtin" writes (a twentieth more for validation)
-    builtin_seed: int = 0  # seed of the built-in stories
+    Raises:
+        StoryLLMError: a value is invalid.
+    """
+
+    source: str = "roneneldan/TinyStories"  # a dataset on the Hugging Face Hub, a local file or folder, or "synthetic"
+    tokenizer: str = "gpt2"  # "gpt2", or "bpe:N" to train a byte-level BPE vocabulary of N tokens on the stories
+    text_column: str = "text"  # name of the text column (Hub, .parquet) or key (.jsonl)
+    validation_fraction: float = 0.01  # fraction of stories held out if the source has no validation split
+    clean: bool = False  # fix mojibake, strip surrounding whitespace, drop empty stories
+    synthetic_stories: int = 20_000  # number of synthetic training stories (plus 5% for validation)
+    synthetic_seed: int = 0  # seed of the synthetic stories
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_range(self, 1, "builtin_stories")
-        _check_range(self, 0, "builtin_seed")
+        _check_range(self, 1, "synthetic_stories")
+        _check_range(self, 0, "synthetic_seed")
         if not self.source:
-            raise StoryLLMError("source is empty, expected a hub dataset, a folder, a file or 'builtin'")
+            raise StoryLLMError("source is empty, must be a Hub dataset, a file, a folder or 'synthetic'")
         if not 0 < self.validation_fraction < 1:
-            raise StoryLLMError(f"validation_fraction is {self.validation_fraction}, expected a share between 0 and 1")
+            raise StoryLLMError(f"validation_fraction is {self.validation_fraction}, must be between 0 and 1")
         if self.tokenizer != "gpt2":
             size = self.tokenizer.removeprefix("bpe:")
             if size == self.tokenizer or not re.fullmatch("[0-9]{3,5}", size) or not 257 <= int(size) <= 65536:
                 raise StoryLLMError(
-                    f"tokenizer is {self.tokenizer!r}, expected 'gpt2' or 'bpe:N' with N from 257 to 65536"
+                    f"tokenizer is {self.tokenizer!r}, must be 'gpt2' or 'bpe:N' with N from 257 to 65536"
                 )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the model learns. Everything is counted in iterations: one batch of `batch_size` windows each."""
+    """The training hyperparameters. An iteration is one batch of batch_size windows; all intervals are in iterations.
 
-    max_iters: int = 20_000  # iterations of the whole schedule
-    stop_at: int | None = None  # stop at this iteration; the schedule stays that of max_iters
-    batch_size: int = 32  # windows in an iteration
-    gradient_accumulation_steps: int = 32  # iterations in an optimizer update
-    micro_batch_size: int | Literal["auto"] = "auto"  # windows that go through the device at once
-    windows: Literal["random", "shuffled"] = "random"  # anywhere in the data, or all of it once before any of it again
+    Raises:
+        StoryLLMError: a value is invalid.
+    """
+
+    max_iters: int = 20_000  # total number of iterations
+    stop_at: int | None = None  # stop early at this iteration; the schedule still ends at max_iters
+    batch_size: int = 32  # windows per iteration
+    gradient_accumulation_steps: int = 32  # iterations per optimizer update
+    micro_batch_size: int | Literal["auto"] = "auto"  # windows per forward pass; changes memory, not results
+    windows: Literal["random", "shuffled"] = "random"  # draw windows with ("random") or without replacement
     optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": Muon for the matrices in the blocks, AdamW for the rest
-    schedule: Literal["cosine", "flat"] = "cosine"  # after the warm-up: half a cosine, or flat and then a line down
-    learning_rate: float = 1e-4  # rate at the end of the warm-up
-    min_lr: float = 5e-4  # rate at the end; in faithful it lies above learning_rate, and the rate rises
-    warmup_iters: int = 1_000  # iterations of linear warm-up
-    warmup_start: float = 1 / 3  # where the warm-up starts, as a share of learning_rate
-    decay_share: float = 0.0  # share of max_iters, at the end, in which "flat" comes down to min_lr
-    muon_lr_scale: float = 1.0  # Muon's rate, as a multiple of AdamW's
-    weight_decay: float = 0.1  # on matrices and embeddings
-    beta1: float = 0.9  # AdamW's decay of the gradient's mean
-    beta2: float = 0.95  # AdamW's decay of the gradient's mean square
-    grad_clip: float = 0.5  # largest norm of the gradient; 0: no limit
+    schedule: Literal["cosine", "wsd"] = "cosine"  # learning rate after warmup; "wsd": warmup-stable-decay
+    learning_rate: float = 1e-4  # learning rate at the end of warmup
+    min_lr: float = 5e-4  # learning rate at the end of training; larger than learning_rate in `faithful`
+    warmup_iters: int = 1_000  # iterations of linear warmup
+    warmup_start_factor: float = 1 / 3  # warmup starts at this fraction of learning_rate
+    decay_fraction: float = 0.0  # fraction of max_iters spent decaying to min_lr ("wsd" only)
+    muon_lr_scale: float = 1.0  # Muon's learning rate relative to AdamW's
+    weight_decay: float = 0.1  # weight decay of matrices and embeddings
+    beta1: float = 0.9  # AdamW's decay rate of the first moment
+    beta2: float = 0.95  # AdamW's decay rate of the second moment
+    grad_clip: float = 0.5  # maximum gradient norm; 0 disables clipping
     eval_interval: int = 500  # iterations between evaluations
-    eval_windows: int = 1_024  # windows of each split that an evaluation reads, the same every time
-    checkpoint_minutes: float = 2.0  # minutes between two savings of last.pt
-    keep_checkpoints: int = 2  # earlier states that stay beside last.pt, for when it is found damaged
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
-    device: str = "auto"  # "auto", "cuda", "mps", "cpu", or what torch.device takes
-    compile: bool | Literal["auto"] = "auto"  # torch.compile; "auto": for a long run on a CUDA GPU
-    seed: int = 0  # seed of weights, windows, dropout
+    eval_windows: int = 1_024  # windows per split in an evaluation, the same ones every time
+    checkpoint_minutes: float = 2.0  # minutes between saves of last.pt
+    keep_checkpoints: int = 2  # previous versions of last.pt to keep, in case it is corrupted
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of matrix products
+    device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
+    compile: bool | Literal["auto"] = "auto"  # use torch.compile; "auto": for long runs on a CUDA GPU
+    seed: int = 0  # seed of the initial weights, the windows and dropout
 
     @property
-    def windows_in_update(self) -> int:
-        """Windows that a whole update learns from."""
+    def windows_per_update(self) -> int:
+        """Windows in a full optimizer update."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def last_iteration(self) -> int:
+        """The iteration at which training ends."""
+        return min(self.stop_at or self.max_iters, self.max_iters)
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -168,19 +188,19 @@ class TrainConfig:
             *("max_iters", "stop_at", "batch_size", "gradient_accumulation_steps", "micro_batch_size"),
             *("eval_interval", "eval_windows"),
         )
-        _check_range(self, 0, "learning_rate", "muon_lr_scale", above=True)
+        _check_range(self, 0, "learning_rate", "muon_lr_scale", exclusive=True)
         _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes")
         _check_range(self, 0, "keep_checkpoints", high=1_000)
-        _check_range(self, 0, "seed", high=2**63 - 1)  # as far as PyTorch's generators take one
-        _check_range(self, 0, "warmup_start", "decay_share", high=1)
+        _check_range(self, 0, "seed", high=2**63 - 1)  # the largest seed of PyTorch's generators
+        _check_range(self, 0, "warmup_start_factor", "decay_fraction", high=1)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise StoryLLMError(f"{name} is {getattr(self, name)}, expected a number from 0 to under 1")
+                raise StoryLLMError(f"{name} is {getattr(self, name)}, must be at least 0 and less than 1")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run depends on, besides the stories themselves."""
+    """The complete configuration of a run."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -190,94 +210,29 @@ class Recipe:
         _check_types(self)
 
     def override(self, changes: Mapping[str, Any]) -> Recipe:
-        """This recipe with fields changed by dotted name, as in `{"train.max_iters": 2_000, "model.n_layer": 4}`.
+        """A copy with fields replaced by dotted name: `{"train.max_iters": 2_000, "model.n_layer": 4}`.
 
-        Raises StoryLLMError for a name that does not exist (the message lists the near ones) or a bad value.
+        Raises StoryLLMError for an unknown name, with close matches, and for an invalid value.
         """
         parts = {part.name: getattr(self, part.name) for part in dataclasses.fields(self)}
         known = [f"{part}.{f.name}" for part, config in parts.items() for f in dataclasses.fields(config)]
         grouped: dict[str, dict[str, Any]] = {part: {} for part in parts}
         for name, value in changes.items():
             if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-                near = near or [other for other in known if str(name).split(".")[-1] in other] or list(known)
-                raise StoryLLMError(f"the recipe has no field {name!r}: did you mean {', '.join(near)}?")
+                close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+                close = close or [other for other in known if str(name).split(".")[-1] in other] or list(known)
+                raise StoryLLMError(f"unknown recipe field {name!r}; did you mean {', '.join(close)}?")
             part, _, field_name = name.partition(".")
             grouped[part][field_name] = value
         return Recipe(**{part: dataclasses.replace(config, **grouped[part]) for part, config in parts.items()})
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The recipe as plain dictionaries, for a log or a checkpoint; `Recipe.from_dict` takes it back."""
+        """The recipe as nested dictionaries of plain values. `Recipe.from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Recipe:
-        """The recipe that `to_dict` wrote. Raises StoryLLMError for a name or value that does not belong."""
+        """The inverse of `to_dict`. Raises StoryLLMError for unknown names and invalid values."""
         if not isinstance(values, Mapping) or not all(isinstance(fields, Mapping) for fields in values.values()):
-            raise StoryLLMError("this is not a recipe: expected what Recipe.to_dict wrote")
+            raise StoryLLMError("not a recipe: expected the nested dictionaries of Recipe.to_dict")
         return cls().override({f"{part}.{name}": v for part, fields in values.items() for name, v in fields.items()})
-
-
-_FAITHFUL = Recipe()
-
-# How to learn most from few tokens: Muon, a high rate that falls to nothing, small batches with an update each, no
-# dropout, every window once before any again. docs/experiments.md says how each was chosen.
-_FAST = TrainConfig(
-    max_iters=1_220,
-    batch_size=16,
-    gradient_accumulation_steps=1,
-    windows="shuffled",
-    optimizer="muon",
-    schedule="flat",
-    learning_rate=5e-3,
-    min_lr=0.0,
-    warmup_iters=60,
-    decay_share=0.6,
-    beta2=0.99,
-    grad_clip=1.0,
-    eval_interval=122,
-    eval_windows=256,
-)
-
-RECIPES: dict[str, Recipe] = {
-    # The specification to the letter: 6 layers, 384 wide, 20,000 iterations, a rate that rises from 1e-4 to 5e-4.
-    "faithful": _FAITHFUL,
-    # The same model, tokenizer and context, with 2.5 million tokens: the published final loss.
-    "fast": Recipe(model=dataclasses.replace(_FAITHFUL.model, dropout=0.0), train=_FAST),
-    # A vocabulary that these stories need, and a model of the size that suits five minutes of a T4, by counting.
-    "small-vocab": Recipe(
-        model=GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.0),
-        data=DataConfig(tokenizer="bpe:4096"),
-        train=dataclasses.replace(_FAST, max_iters=15_000, eval_interval=500),
-    ),
-    # From nothing to a readable story in under three minutes on two CPU cores, with no network.
-    "demo": Recipe(
-        model=GPTConfig(vocab_size=1024, block_size=256, n_layer=2, n_head=4, n_embd=128, dropout=0.0),
-        data=DataConfig(source="builtin", tokenizer="bpe:1024"),
-        train=TrainConfig(
-            max_iters=3_600,
-            batch_size=4,
-            gradient_accumulation_steps=1,
-            learning_rate=3e-3,
-            min_lr=1e-4,
-            warmup_iters=50,
-            beta2=0.99,
-            grad_clip=1.0,
-            eval_interval=100,
-            eval_windows=32,
-        ),
-    ),
-    # The specification's future: longer contexts with the same tokens an iteration, and GPT-2's own size.
-    "context-512": _FAITHFUL.override({"model.block_size": 512, "train.batch_size": 8}),
-    "context-1024": _FAITHFUL.override({"model.block_size": 1024, "train.batch_size": 4}),
-    "gpt2-small": _FAITHFUL.override(
-        {"model.block_size": 1024, "model.n_layer": 12, "model.n_head": 12, "model.n_embd": 768, "train.batch_size": 4}
-    ),
-}
-
-
-def get_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises StoryLLMError, with the names that exist, for any other."""
-    if name not in RECIPES:
-        raise StoryLLMError(f"there is no recipe {name!r}, expected one of: {', '.join(RECIPES)}")
-    return RECIPES[name]

@@ -1,8 +1,9 @@
-"""Which device, number format and compilation suit this machine, and why."""
+"""The device, number format and compilation that suit this machine, and why they were chosen."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -10,132 +11,173 @@ from typing import Any
 import torch
 
 from .config import GPTConfig, StoryLLMError, TrainConfig
-from .pace import PEAK_FLOPS, duration, flops_per_token, peak_flops
 
-# What "auto" takes for micro_batch_size. A CPU gets CPU_TOKENS tokens at once, a GPU one token for each
-# GPU_BYTES_PER_TOKEN of its memory, as far as GPU_TOKENS, which keep any of today's busy; a model of more than 6 x 384
-# channels gets fewer in proportion.
+# The micro-batch size that "auto" selects, in tokens. A CPU gets CPU_TOKENS; a GPU gets a token per
+# GPU_BYTES_PER_TOKEN of its memory, up to GPU_TOKENS, which keep any current GPU busy. This is for a model with
+# n_layer * n_embd of REFERENCE_SIZE; larger ones get proportionally fewer tokens.
 CPU_TOKENS = 1_024
 GPU_BYTES_PER_TOKEN = 1 << 20
 GPU_TOKENS = 65_536
-CHANNELS = 6 * 384
+REFERENCE_SIZE = 6 * 384
 
-# Compiling takes about a minute and may save a third of a run: it is for runs that take so many seconds otherwise, at a
-# quarter of the GPU's highest rate (one that is not in the table counts as a T4).
+# Compilation takes about a minute and saves up to a third of the run. "auto" compiles runs that would otherwise take
+# COMPILE_SECONDS, estimated at TYPICAL_MFU of the GPU's peak FLOP/s (an unknown GPU counts as a T4).
 COMPILE_SECONDS = 300
-USUAL_SHARE = 0.25
+TYPICAL_MFU = 0.25
+
+# Peak FLOP/s of dense 16-bit matrix products with float32 accumulation, from NVIDIA's data sheets and white papers.
+# Keys are matched as words of the device's name; the first match counts.
+PEAK_FLOPS = {
+    "T4": 65e12,
+    "V100-PCIE": 112e12,
+    "V100": 125e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "RTX 3070": 40.6e12,
+    "RTX 3080": 59.5e12,
+    "RTX 3090": 71e12,
+    "RTX 4080": 97.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 5090": 209.5e12,
+}
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a run computes with. `why` says in one line how it was chosen."""
+class DeviceConfig:
+    """The device of a run and how it is used."""
 
     device: torch.device
-    dtype: torch.dtype  # of the matrix products; weights and sums are float32 always
+    name: str  # such as "CPU" or "Tesla T4"
+    dtype: torch.dtype  # of matrix products; weights and sums are always float32
     compile: bool
-    micro_batch_size: int  # windows that go through the device at once
-    why: str
-    peak_flops: float | None = None  # highest rate of this GPU for `dtype`, in operations a second, where it is known
+    micro_batch_size: int  # windows per forward pass
+    dtype_reason: str = ""
+    compile_reason: str = ""
+    peak_flops: float | None = None  # FLOP/s of this GPU with `dtype`, if known
+
+    @property
+    def description(self) -> str:
+        """The configuration and the reasons for it, in one line."""
+        dtype = str(self.dtype).removeprefix("torch.") + (f" ({self.dtype_reason})" if self.dtype_reason else "")
+        compiled = f"{'compiled' if self.compile else 'not compiled'} ({self.compile_reason})"
+        return f"{self.name}, {dtype}, micro-batch size {self.micro_batch_size}, {compiled}"
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context in which the forward pass runs in this machine's number format."""
+        """The context for forward passes in this number format."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """A scaler that keeps small fp16 gradients from vanishing; for the other formats it does nothing."""
+        """A gradient scaler, enabled only for float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is CUDA, else MPS, else the CPU. Raises StoryLLMError if it is not here."""
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device with that name; "auto" prefers CUDA, then MPS, then the CPU.
+
+    Raises StoryLLMError if the device is not available.
+    """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if _works("mps") else "cpu")
-    if not _works(name):
-        raise StoryLLMError(f"device {name!r} is not on this machine, expected 'auto', 'cuda', 'mps' or 'cpu'")
+        return torch.device("mps" if _is_available("mps") else "cpu")
+    if not _is_available(name):
+        raise StoryLLMError(f"device {name!r} is not available, must be 'auto', 'cuda', 'mps' or 'cpu'")
     return torch.device(name)
 
 
-def _works(name: str) -> bool:
+def _is_available(name: str) -> bool:
     if name == "mps" and not torch.backends.mps.is_available():
         return False
     try:
         return bool((torch.ones(2, device=name) + 1).sum() == 4)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError):
-        return False  # unknown, not built in, or not there
+        return False  # unknown name, not compiled in, or no such device
 
 
-def choose_machine(train: TrainConfig, model: GPTConfig) -> Machine:
-    """Fills in every "auto" of `train` for the machine at hand, and takes what it names."""
-    device = choose_device(train.device)
-    name, best, reason = "CPU", torch.float32, ""
-    capability = (0, 0)
+def resolve_device_config(train: TrainConfig, model: GPTConfig) -> DeviceConfig:
+    """Replaces each "auto" in `train` by the choice for this machine. Raises StoryLLMError for a missing device."""
+    device = resolve_device(train.device)
+    name, dtype, dtype_reason, capability = "CPU", torch.float32, "", (0, 0)
     if device.type == "mps":
         name = "Apple GPU (MPS)"
     elif device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        best, reason = auto_dtype(capability)
-    dtype = best if train.dtype == "auto" else getattr(torch, train.dtype)
+        dtype, dtype_reason = auto_dtype(capability)
     if train.dtype != "auto":
-        reason = " (as asked for)"
+        dtype, dtype_reason = getattr(torch, train.dtype), "as requested"
     peak = peak_flops(name, dtype)
-    compiled, compile_reason = auto_compile(capability, peak, train, model)
-    if train.compile != "auto":
-        compiled, compile_reason = train.compile, "as asked for"
-    if train.micro_batch_size == "auto":
-        micro_batch_size = auto_micro_batch_size(device, train, model)
+    if train.compile == "auto":
+        compiled, compile_reason = auto_compile(capability, peak, train, model)
     else:
-        micro_batch_size = train.micro_batch_size
-    why = (
-        f"{name}, {str(dtype).removeprefix('torch.')}{reason}, {micro_batch_size} windows at once, "
-        f"{'compiled' if compiled else 'not compiled'} ({compile_reason})"
-    )
-    return Machine(device, dtype, compiled, micro_batch_size, why, peak)
+        compiled, compile_reason = train.compile, "as requested"
+    micro_batch_size = train.micro_batch_size
+    if micro_batch_size == "auto":
+        micro_batch_size = auto_micro_batch_size(device, train, model)
+    return DeviceConfig(device, name, dtype, compiled, micro_batch_size, dtype_reason, compile_reason, peak)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Did the device, or the CPU, have no memory left for a tensor? PyTorch has no one exception for it."""
-    words = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")  # the last: oneDNN
+    """True if `error` means that the device or the CPU ran out of memory. PyTorch has several exceptions for it."""
+    phrases = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")  # last: oneDNN
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
     )
 
 
 def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTConfig) -> int:
-    """The windows that go through the device at once: what fits, in equal parts of an update where that is near."""
+    """The number of windows per forward pass: what fits, preferably a divisor of an update's windows."""
     tokens = CPU_TOKENS
     if device.type == "cuda":
         tokens = min(torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_TOKEN, GPU_TOKENS)
-    windows = tokens * CHANNELS // (model.n_layer * model.n_embd) // model.block_size
-    largest = max(1, min(windows, train.windows_in_update))
-    divisor = max(size for size in range(1, largest + 1) if train.windows_in_update % size == 0)
+    windows = tokens * REFERENCE_SIZE // (model.n_layer * model.n_embd) // model.block_size
+    largest = max(1, min(windows, train.windows_per_update))
+    divisor = max(size for size in range(1, largest + 1) if train.windows_per_update % size == 0)
     return divisor if divisor > largest // 2 else largest
 
 
 def auto_compile(
     capability: tuple[int, int], peak: float | None, train: TrainConfig, model: GPTConfig
 ) -> tuple[bool, str]:
-    """Is this run to be compiled, on a CUDA GPU of that compute capability ((0, 0): on none)? And why."""
+    """Whether to compile, and why. `capability` is the GPU's CUDA compute capability, (0, 0) without one."""
     if capability < (7, 0):
-        return False, "that is for CUDA GPUs from 7.0 on"
+        return False, "torch.compile is for CUDA GPUs with compute capability 7.0 or higher"
     if find_spec("triton") is None:
         return False, "triton is not installed"
-    iterations = min(train.stop_at or train.max_iters, train.max_iters)
-    flops = iterations * train.batch_size * model.block_size * flops_per_token(model)
-    seconds = flops / (USUAL_SHARE * (peak or PEAK_FLOPS["T4"]))
-    return seconds >= COMPILE_SECONDS, f"a run of some {duration(seconds)}, it pays from {duration(COMPILE_SECONDS)} on"
+    flops = train.last_iteration * train.batch_size * model.block_size * flops_per_token(model)
+    seconds = flops / (TYPICAL_MFU * (peak or PEAK_FLOPS["T4"]))
+    reason = f"pays off for runs over {COMPILE_SECONDS / 60:.0f} minutes, this one is estimated at {seconds / 60:.1f}"
+    return seconds >= COMPILE_SECONDS, reason
 
 
 def auto_dtype(capability: tuple[int, int]) -> tuple[torch.dtype, str]:
-    """The number format for a CUDA GPU of that compute capability, and the reason.
+    """The number format for a CUDA GPU with that compute capability, and the reason.
 
-    `torch.cuda.is_bf16_supported()` says yes on a T4 (7.5), which emulates bf16 at a fraction of its fp16 speed: the
-    capability is what tells.
+    `torch.cuda.is_bf16_supported()` is True on a T4 (7.5), which only emulates bf16, at a fraction of its fp16 speed.
     """
-    written = ".".join(map(str, capability))
+    version = ".".join(map(str, capability))
     if capability >= (8, 0):
-        return torch.bfloat16, f" (compute capability {written})"
-    return torch.float16, f" (compute capability {written}, bf16 needs 8.0)"
+        return torch.bfloat16, f"compute capability {version}"
+    return torch.float16, f"compute capability {version}, bf16 needs 8.0"
+
+
+def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of the GPU with that name; None if it is unknown, and for float32."""
+    if dtype == torch.float32:
+        return None
+    names = (name for name in PEAK_FLOPS if re.search(rf"\b{name}\b(?! Ti| SUPER| D| Laptop| NVL|.*MIG)", device_name))
+    return next((PEAK_FLOPS[name] for name in names), None)
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """FLOPs of a token's forward and backward pass (Chowdhery et al. 2022, appendix B).
+
+    6 per weight of the blocks and the head, plus 12 * n_layer * n_embd * block_size for attention. Embedding lookups
+    do not count.
+    """
+    weights = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+    return 6 * weights + 12 * config.n_layer * config.n_embd * config.block_size

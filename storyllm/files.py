@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and folders that one process at a time works in."""
+"""Atomic writes, checksums, and folder locks."""
 
 from __future__ import annotations
 
@@ -14,77 +14,75 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows has other locks
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 from .config import StoryLLMError
 
-# What to do about an error of the operating system.
+# What the user can do about an operating system error.
 ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or take another disk"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "take another folder, or change its permissions"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "close other programs' files, or allow more (ulimit -n)"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or use another disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "use another folder, or change its permissions"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "close some files, or raise the limit (ulimit -n)"),
 }
 
-# What a filesystem without them, such as a mounted Drive, answers to a call for fsync or a lock.
+# Errors that mean a filesystem does not support fsync or locks, such as a mounted Google Drive.
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.ENOTTY, errno.EBADF)
 
 
-def cannot(deed: str, path: Path | str, error: OSError) -> StoryLLMError:
-    """What to raise where the operating system does not let us read or write `path`."""
-    advice = ADVICE.get(error.errno or 0, "check the disk, or take another folder")
-    return StoryLLMError(f"{path} cannot be {deed} ({error.strerror or error}): {advice}")
+def os_error(action: str, path: Path | str, error: OSError) -> StoryLLMError:
+    """The StoryLLMError for an operating system error: `action` is a verb such as "read" or "write"."""
+    advice = ADVICE.get(error.errno or 0, "check the disk, or use another folder")
+    return StoryLLMError(f"cannot {action} {path} ({error.strerror or error}); {advice}")
 
 
 @contextmanager
 def atomic_write(path: Path, keep: int = 0) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name `path` only when the block ends well; until then the old one stays.
+    """A binary file that replaces `path` when the block ends without an exception.
 
-    The bytes are on the disk (fsync) before the name changes, so a cut of power leaves the old file or the new one.
-    With `keep`, so many of the old ones stay under the names of `earlier`. Raises StoryLLMError where the file cannot
-    be written, as on a full disk.
+    The data is flushed to disk (fsync) before the file is renamed, so after a crash or power loss `path` is either the
+    old or the new file. `keep` previous versions are kept under the names of `earlier_version`. Raises StoryLLMError if
+    the file cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # what a killed process left; or a link, which would lead elsewhere
+        temporary.unlink(missing_ok=True)  # left by a killed process, or a symlink that points elsewhere
         with open(temporary, "xb") as file:
             yield file
             file.flush()
-            sync(file.fileno())
+            fsync(file.fileno())
         for number in range(keep, 0, -1):
             with suppress(FileNotFoundError):
-                os.replace(earlier(path, number - 1), earlier(path, number))
+                os.replace(earlier_version(path, number - 1), earlier_version(path, number))
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _fsync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise cannot("written", path, error) from error
+            raise os_error("write", path, error) from error
         raise
 
 
-def earlier(path: Path, number: int) -> Path:
-    """The name of the `number`-th file before `path`: last.pt, last.1.pt, last.2.pt, ..."""
+def earlier_version(path: Path, number: int) -> Path:
+    """The path of the `number`-th version before the current one: last.pt, last.1.pt, last.2.pt, ..."""
     return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
-def sync(descriptor: int) -> None:
-    """Waits until an open file is on the disk; warns where the filesystem cannot tell."""
+def fsync(descriptor: int) -> None:
+    """Flushes an open file to disk. Warns if the filesystem does not support it."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
-        warnings.warn(
-            "this disk cannot say when a file is safe: a cut of power may cost what was saved last", stacklevel=2
-        )
+        warnings.warn("this filesystem does not support fsync: a power loss may cost the last save", stacklevel=2)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Has the names in a folder on the disk, too, where the system knows how."""
+def _fsync_folder(folder: Path) -> None:
+    """Flushes the names of the files in a folder to disk, where the operating system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -94,16 +92,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` if need be, and keeps every other process that asks for it out until the block ends.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Creates `folder` if necessary and holds an exclusive lock on it. The lock ends with the process.
 
-    The lock is on the folder itself and goes with the process, however that ends. Raises StoryLLMError if another has
-    it. Warns where the filesystem has no locks.
+    Raises StoryLLMError if another process holds the lock. Warns if the filesystem does not support locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cannot("made", folder, error) from error
+        raise os_error("create", folder, error) from error
     descriptor = None
     try:
         try:
@@ -113,12 +110,12 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StoryLLMError(
-                f"{folder} is in use by another process: wait for it, stop it, or take another folder"
+                f"{folder} is in use by another process; wait for it, stop it, or use another folder"
             ) from error
         except OSError as error:
             if error.errno not in NOT_SUPPORTED:
-                raise cannot("opened", folder, error) from error
-            warnings.warn(f"{folder} cannot be locked here: see to it that nothing else works in it", stacklevel=3)
+                raise os_error("open", folder, error) from error
+            warnings.warn(f"{folder} cannot be locked here: make sure that no other process uses it", stacklevel=3)
         yield
     finally:
         if descriptor is not None:
@@ -126,22 +123,22 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a dictionary as indented JSON, atomically, with a checksum of all the rest in it."""
+    """Writes a dictionary as indented JSON, atomically, with a checksum of its other entries."""
     checked = {**values, "checksum": _checksum(values)}
     with atomic_write(path) as file:
         file.write((json.dumps(checked, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary that `write_json` wrote. Raises StoryLLMError if it is missing, damaged, or something else."""
+    """The dictionary written by `write_json`. Raises StoryLLMError if the file cannot be read or is corrupted."""
     try:
         values = json.loads(Path(path).read_bytes())
         if not isinstance(values, dict) or values.pop("checksum", None) != _checksum(values):
-            raise ValueError("another checksum")
+            raise ValueError("checksum mismatch")
     except OSError as error:
-        raise cannot("read", path, error) from error
+        raise os_error("read", path, error) from error
     except (ValueError, RecursionError) as error:
-        raise StoryLLMError(f"{path} is damaged or not StoryLLM's: prepare the data again") from error
+        raise StoryLLMError(f"{path} is corrupted or was not written by StoryLLM; prepare the data again") from error
     return values
 
 
@@ -150,6 +147,6 @@ def _checksum(values: dict[str, Any]) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file as 64 hexadecimal digits."""
+    """The SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

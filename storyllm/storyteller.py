@@ -1,4 +1,4 @@
-"""A model and its tokenizer: the storyteller."""
+"""A model and its tokenizer: text in, text out."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ import torch
 
 from .checkpoint import load_checkpoint, restore_model
 from .config import StoryLLMError
-from .device import choose_device
-from .model import GPT
-from .sampling import check_sampling
-from .tokenizer import check_space
+from .data.tokenizer import check_whitespace
+from .device import resolve_device
+from .model.decoding import decode
+from .model.gpt import GPT
+from .model.sampling import check_sampling
 
 
 class Storyteller:
-    """Tells stories. `model` and `tokenizer` are what it is made of, for those who want to look closer."""
+    """Generates stories. `model` and `tokenizer` are public. Raises StoryLLMError if their vocabularies differ."""
 
     def __init__(self, model: GPT, tokenizer: tiktoken.Encoding) -> None:
         if model.config.vocab_size != tokenizer.n_vocab:
             raise StoryLLMError(
-                f"the model has {model.config.vocab_size} tokens, the tokenizer {tokenizer.n_vocab}: take its own"
+                f"the tokenizer has {tokenizer.n_vocab} tokens, the model {model.config.vocab_size}; "
+                "use the model's own tokenizer"
             )
         self.model = model
         self.tokenizer = tokenizer
 
     @overload
-    def tell(  # type: ignore[overload-overlap]  # a str is a sequence of str, too: the first that fits counts
+    def generate(  # type: ignore[overload-overlap]  # a str is also a sequence of str; the first overload applies
         self,
         prompt: str = ...,
         max_new_tokens: int = ...,
@@ -41,7 +43,7 @@ class Storyteller:
         seed: int | None = ...,
     ) -> str: ...
     @overload
-    def tell(
+    def generate(
         self,
         prompt: Sequence[str],
         max_new_tokens: int = ...,
@@ -50,7 +52,7 @@ class Storyteller:
         top_p: float | None = ...,
         seed: int | None = ...,
     ) -> list[str]: ...
-    def tell(
+    def generate(
         self,
         prompt: str | Sequence[str] = "",
         max_new_tokens: int = 200,
@@ -59,14 +61,14 @@ class Storyteller:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> str | list[str]:
-        """A story that begins with `prompt`: text in, text out; several prompts at once give a list of stories.
+        """A story that begins with `prompt`. A list of prompts is decoded as one batch and gives a list of stories.
 
-        An empty prompt starts a story afresh. A story ends at the end-of-text token or after `max_new_tokens`.
-        `seed` makes it repeatable on the same machine; temperature, top_k, top_p: see `next_token_probs`.
-        Raises StoryLLMError for a value out of range. Warns where a prompt is longer than the context.
+        With an empty prompt the model starts from the end-of-text token. A story ends at the end-of-text token or after
+        `max_new_tokens`. `seed` makes it repeatable on the same machine. For temperature, top_k and top_p see
+        `next_token_probs`. Raises StoryLLMError if a parameter is invalid. Warns if a prompt exceeds the context.
         """
         if not isinstance(prompt, (str, list, tuple)):
-            raise StoryLLMError(f"prompt is {type(prompt).__name__}, expected text or a list of texts")
+            raise StoryLLMError(f"prompt is a {type(prompt).__name__}, must be a string or a list of strings")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         stories = [""] * len(prompts)
         for row, piece in self._pieces(prompts, max_new_tokens, temperature, top_k, top_p, seed):
@@ -82,7 +84,7 @@ class Storyteller:
         top_p: float | None = None,
         seed: int | None = None,
     ) -> Iterator[str]:
-        """The same story as `tell`, piece by piece as it is made: first the prompt, then a token's text at a time."""
+        """Yields the story that `generate` returns in pieces: first the prompt, then the text of each new token."""
         for _, piece in self._pieces([prompt], max_new_tokens, temperature, top_k, top_p, seed):
             yield piece
 
@@ -95,70 +97,71 @@ class Storyteller:
         top_p: float | None,
         seed: int | None,
     ) -> Iterator[tuple[int, str]]:
-        """(row, text) as the stories grow, their prompts first; rows of several advance together, a token each."""
-        _check_telling(prompts, max_new_tokens, seed)
+        """Yields (row, text): all prompts first, then the text of each new token. All rows advance in one batch."""
+        _check_arguments(prompts, max_new_tokens, seed)
         check_sampling(temperature, top_k, top_p)
-        if not prompts:
-            return
         device = self.model.lm_head.weight.device
         generator = torch.Generator(device=device)
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        rows = [self._prompt_ids(prompt) for prompt in prompts]
+        rows = [self._encode_prompt(prompt) for prompt in prompts]
         yield from ((row, prompt) for row, prompt in enumerate(prompts) if prompt)
-        # Rows advance from the shortest prompt's end. A longer prompt's own tokens take the place of drawn ones.
+        if not prompts or max_new_tokens == 0:
+            return
+        # Decoding starts where the shortest prompt ends. The rest of the longer ones is forced.
         start, end = min(map(len, rows)), max(map(len, rows)) + max_new_tokens
         idx = torch.tensor([row[:start] for row in rows], device=device)
         forced = torch.full((end, len(rows)), -1, device=device)
         for row, ids in enumerate(rows):
             forced[: len(ids), row] = torch.tensor(ids, device=device)
-        # A character can be spread over several tokens: its text comes when it is whole.
+        # A character may span several tokens: an incremental decoder holds its bytes back until it is complete.
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
         ends = [len(ids) + max_new_tokens for ids in rows]
-        telling = set(range(len(rows)))
-        new_ids = self.model.stream(idx, end - start, temperature, top_k, top_p, generator, forced=forced[start:])
+        unfinished = set(range(len(rows)))
+        new_ids = decode(self.model, idx, end - start, temperature, top_k, top_p, generator, forced=forced[start:])
         for position, next_ids in enumerate(new_ids, start):
             for row, token in enumerate(next_ids.tolist()):
-                if row not in telling or position < len(rows[row]):
+                if row not in unfinished or position < len(rows[row]):
                     continue
-                over = token == self.tokenizer.eot_token
-                text = b"" if over else self.tokenizer.decode_single_token_bytes(token)
-                last = over or position + 1 == ends[row]
-                if piece := decoders[row].decode(text, final=last):
+                is_eot = token == self.tokenizer.eot_token
+                text = b"" if is_eot else self.tokenizer.decode_single_token_bytes(token)
+                is_last = is_eot or position + 1 == ends[row]
+                if piece := decoders[row].decode(text, final=is_last):
                     yield row, piece
-                if last:
-                    telling.discard(row)
-            if not telling:
+                if is_last:
+                    unfinished.discard(row)
+            if not unfinished:
                 return
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
+    def _encode_prompt(self, prompt: str) -> list[int]:
         ids = self.tokenizer.encode_ordinary(prompt) or [self.tokenizer.eot_token]
-        context = self.model.config.block_size
-        if len(ids) > context:
+        block_size = self.model.config.block_size
+        if len(ids) > block_size:
             warnings.warn(
-                f"prompt has {len(ids)} tokens, the context is {context}: it is cut to its last {context}", stacklevel=4
+                f"the prompt has {len(ids)} tokens, the model reads only the last {block_size} (block_size)",
+                stacklevel=4,
             )
-        return ids[-context:]
+        return ids[-block_size:]
 
 
-def _check_telling(prompts: list[str], max_new_tokens: int, seed: int | None) -> None:
-    """Raises StoryLLMError for what no story can be told with, before the first word of it is out."""
+def _check_arguments(prompts: list[str], max_new_tokens: int, seed: int | None) -> None:
+    """Raises StoryLLMError for an invalid argument, before the first token is generated."""
     for prompt in prompts:
         if not isinstance(prompt, str):
-            raise StoryLLMError(f"a prompt is {type(prompt).__name__}, expected text")
-        check_space(prompt, "a prompt")
+            raise StoryLLMError(f"a prompt is a {type(prompt).__name__}, must be a string")
+        check_whitespace(prompt, "the prompt")
     if type(max_new_tokens) is not int or max_new_tokens < 0:
-        raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, expected a whole number of at least 0")
+        raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, must be an integer of at least 0")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
-        raise StoryLLMError(f"seed is {seed!r}, expected a whole number from 0 to 2**63 - 1, or None")
+        raise StoryLLMError(f"seed is {seed!r}, must be an integer from 0 to 2**63 - 1, or None")
 
 
 def load(path: str | Path, device: str = "auto") -> Storyteller:
-    """The storyteller in a checkpoint (`best_model_params.pt` or `last.pt`), on the best device here.
+    """The storyteller in a checkpoint (`best_model_params.pt` or `last.pt`). The file is all it needs.
 
-    Needs nothing but the file. Raises StoryLLMError if it is missing, damaged or not one of ours.
+    Raises StoryLLMError if the file is missing, corrupted, or not a StoryLLM checkpoint, or the device is unavailable.
     """
     model, tokenizer, _ = restore_model(load_checkpoint(path), path)
-    return Storyteller(model.to(choose_device(device)), tokenizer)
+    return Storyteller(model.to(resolve_device(device)), tokenizer)

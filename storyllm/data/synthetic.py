@@ -1,9 +1,9 @@
-"""The built-in stories: a seeded generator of simple children's stories, for training with no network at all.
+"""A seeded generator of simple children's stories, for training without network access.
 
-A story is a script with blanks. `[a/b]` is a choice of words, where `[a/]` may be nothing, and `{hero.his}` is a blank,
-filled with a fact. Facts come from the script's tables, one row drawn from each. A row belongs together: this trouble,
-the helper who knows about it, the end that it comes to. A choice in a table is made once, so that a story keeps to it;
-a choice in a script only varies the words. Every text here was written for this project.
+Each story comes from a template. `[a/b]` in it is a random choice, possibly of an empty string (`[a/]`), and
+`{hero.his}` is a placeholder. The values of the placeholders come from the template's tables, one random row of each.
+The cells of a row fit together: a problem, who helps with it, how it ends. A choice in a table is made once per story,
+which keeps the story consistent; a choice in a template only varies the wording. All text was written for this project.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from .config import StoryLLMError
+from ..config import StoryLLMError
 
 T = TypeVar("T")
 Row = dict[str, str]
 
 
 class Noun(str):
-    """A noun, or adjectives and a noun; `.a` has the right article before it."""
+    """A noun, possibly with adjectives. `noun.a` is the noun with its indefinite article."""
 
     @property
     def a(self) -> str:
@@ -30,14 +30,14 @@ class Noun(str):
 
 @dataclass(frozen=True)
 class Character:
-    """Somebody in a story. As text, a character is their name."""
+    """A character in a story. `str(character)` is the name."""
 
     name: str
-    kind: Noun  # as in "rabbit"
-    home: str  # as in "in a warm cave"
-    moved: str  # how they get about, as in "hopped"
-    elder: str  # the grown-up they turn to, as in "her mom"
-    he: str  # "he" or "she", and so on
+    kind: Noun  # such as "rabbit"
+    home: str  # such as "in a warm cave"
+    moved: str  # verb of movement in the past tense, such as "hopped"
+    elder: str  # the adult who looks after the character, such as "her mom"
+    he: str  # "he" or "she"; the fields below are the other forms
     him: str
     his: str
     He: str
@@ -48,19 +48,19 @@ class Character:
 
 
 def pick(rng: random.Random, items: Sequence[T]) -> T:
-    """One of `items`. Made from `random()` alone, which gives the same numbers in every version of Python."""
+    """A random item. Uses only `rng.random()`, whose numbers are the same in every Python version."""
     return items[int(rng.random() * len(items))]
 
 
 def choose(rng: random.Random, text: str) -> str:
-    """`text` with each `[a/b]` replaced by one of its alternatives, the innermost first. A `/` may start a new line."""
+    """`text` with each `[a/b]` replaced by a random alternative, innermost first. A newline before `/` is ignored."""
     while "[" in text:
         text = re.sub(r"\[([^\[\]]*)\]", lambda choice: pick(rng, re.split(r"\n?/", choice[1])), text)
     return text
 
 
 def table(text: str) -> list[Row]:
-    """The rows of a table. Its first line names the columns, and a line that ends in `|` goes on in the next."""
+    """Parses a table into rows. The first line names the columns; a row may break its line after a `|`."""
     lines = text.strip().replace("|\n", "|").splitlines()
     names, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     return [dict(zip(names, row, strict=True)) for row in rows]
@@ -398,7 +398,7 @@ The {helper} [thought for a while/sat down and thought/smiled]. "{offer}," said 
 /Wishes come true when friends help./{hero} was never sad again.]
 """
 
-SHAPES: dict[str, tuple[str, list[list[Row]]]] = {  # the scripts, each with its tables
+TEMPLATES: dict[str, tuple[str, list[list[Row]]]] = {  # template name -> (template, its tables)
     "lost": (LOST, [LOST_THINGS, PLACES]),
     "learn": (LEARN, [SKILLS]),
     "fear": (FEAR, [FEARS]),
@@ -411,52 +411,53 @@ SHAPES: dict[str, tuple[str, list[list[Row]]]] = {  # the scripts, each with its
 }
 
 
-def character(rng: random.Random, he: str, kinds: Sequence[Row]) -> Character:
-    """A character of one of `kinds`, whose name goes with the pronoun `he` ("he" or "she")."""
+def random_character(rng: random.Random, pronoun: str, kinds: Sequence[Row]) -> Character:
+    """A character with the given pronoun, "he" or "she", of a kind drawn from `kinds`."""
     row = {column: choose(rng, cell) for column, cell in pick(rng, kinds).items()}
     kind = row["kind"]
     if kind == "child":
-        kind = "girl" if he == "she" else "boy"
-    elder = "the big teddy bear" if kind in TOYS else f"{PRONOUNS[he]['his']} {pick(rng, FAMILY)}"
-    return Character(pick(rng, NAMES[he]), Noun(kind), row["home"], row.get("moved", "went"), elder, **PRONOUNS[he])
+        kind = "girl" if pronoun == "she" else "boy"
+    elder = "the big teddy bear" if kind in TOYS else f"{PRONOUNS[pronoun]['his']} {pick(rng, FAMILY)}"
+    name = pick(rng, NAMES[pronoun])
+    return Character(name, Noun(kind), row["home"], row.get("moved", "went"), elder, **PRONOUNS[pronoun])
 
 
-def tell(rng: random.Random, shape: str) -> str:
-    """A story of that shape (a key of `SHAPES`), its paragraphs separated by a blank line.
+def story_from_template(rng: random.Random, name: str) -> str:
+    """A random story from the template `name` (a key of `TEMPLATES`). Blank lines separate its paragraphs.
 
-    Hero and friend have different pronouns, so that it is always clear who "she" is. Neither is of a kind that the
-    rows speak of (no duck learns from "a duck") or name under "never" (no duck has to learn to swim).
+    Hero and friend have different pronouns, so "she" is never ambiguous. Their kinds exclude those mentioned in the
+    rows (no duck learns from a duck) and those in the "never" column (no duck learns to swim).
     """
-    script, tables = SHAPES[shape]
+    template, tables = TEMPLATES[name]
     row: Row = {}
     for rows in tables:
         row |= {column: choose(rng, cell) for column, cell in pick(rng, rows).items()}
-    taken = {*row.values(), *row.get("never", "").split()}
-    kinds = [kind for kind in KINDS if kind["kind"] not in taken]
-    hero_he, friend_he = pick(rng, (("he", "she"), ("she", "he")))
-    facts: dict[str, object] = {
-        "hero": character(rng, hero_he, [row] if "kind" in row else kinds),
-        "friend": character(rng, friend_he, kinds),
+    excluded = {*row.values(), *row.get("never", "").split()}
+    kinds = [kind for kind in KINDS if kind["kind"] not in excluded]
+    hero_pronoun, friend_pronoun = pick(rng, (("he", "she"), ("she", "he")))
+    values: dict[str, object] = {
+        "hero": random_character(rng, hero_pronoun, [row] if "kind" in row else kinds),
+        "friend": random_character(rng, friend_pronoun, kinds),
         "color": Noun(pick(rng, COLORS)),
     }
-    for column, cell in row.items():  # from left to right, as a cell may speak of the cells before it
-        facts[column] = Noun(cell.format(**facts))
-    story = choose(rng, OPENING + script).format(**facts)
+    for column, cell in row.items():  # in order: a cell may refer to the cells before it
+        values[column] = Noun(cell.format(**values))
+    story = choose(rng, OPENING + template).format(**values)
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in story.strip().split("\n\n"))
 
 
-def builtin_story(seed: int, split: str, index: int) -> str:
-    """Story `index` of a split, "train" or "validation": the same arguments give the same text on every machine.
+def synthetic_story(seed: int, split: str, index: int) -> str:
+    """Story number `index` of a split, "train" or "validation". The same arguments give the same text on every machine.
 
-    Raises StoryLLMError for another split.
+    Raises StoryLLMError for any other split.
     """
     if split not in ("train", "validation"):
-        raise StoryLLMError(f"split is {split!r}, expected 'train' or 'validation'")
+        raise StoryLLMError(f"split is {split!r}, must be 'train' or 'validation'")
     rng = random.Random(f"{seed}/{split}/{index}")
-    story = tell(rng, pick(rng, list(SHAPES)))
-    return story if rng.random() < 0.7 else story.replace("\n\n", " ")  # some stories are one long paragraph
+    story = story_from_template(rng, pick(rng, list(TEMPLATES)))
+    return story if rng.random() < 0.7 else story.replace("\n\n", " ")  # some stories are a single paragraph
 
 
-def builtin_stories(seed: int, split: str, count: int) -> Iterator[str]:
+def synthetic_stories(seed: int, split: str, count: int) -> Iterator[str]:
     """The first `count` stories of a split."""
-    return (builtin_story(seed, split, index) for index in range(count))
+    return (synthetic_story(seed, split, index) for index in range(count))

@@ -1,0 +1,196 @@
+"""Stories -> token ids in `train.bin` and `validation.bin`: streamed, tokenized in threads, replaced atomically."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from ..config import DataConfig, StoryLLMError
+from ..files import atomic_write, lock_folder, read_json, write_json
+from .stories import END_OF_TEXT, SPLITS, read_stories, source_fingerprint
+from .token_file import TOKEN_DTYPE, VOCABULARY, PreparedData, TokenFileInfo, load_tokenizer, read_info
+from .tokenizer import gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
+
+BATCH_CHARACTERS = 1 << 20  # characters of text that one thread tokenizes in one call
+
+
+def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> PreparedData:
+    """Tokenizes both splits into `out_dir`: a `.bin` and a `.json` for each, and the vocabulary.
+
+    Memory use does not grow with the corpus. Files that an earlier call completed for the same source and settings are
+    reused; incomplete ones are replaced. Raises StoryLLMError if the folder holds other data and `overwrite` is False,
+    or if the source or the tokenizer is unavailable.
+    """
+    if not isinstance(data, DataConfig):
+        raise StoryLLMError(f"data is a {type(data).__name__}, must be a DataConfig; pass recipe.data")
+    out_dir = Path(out_dir)
+    settings = {name: value for name, value in dataclasses.asdict(data).items() if name != "source"}
+    # The fingerprint stands for the source, so that a local file may move.
+    request = {**settings, "fingerprint": source_fingerprint(data)}
+    with lock_folder(out_dir):
+        return _prepare(data, out_dir, overwrite, request)
+
+
+def _prepare(data: DataConfig, out_dir: Path, overwrite: bool, request: dict[str, Any]) -> PreparedData:
+    paths = {split: out_dir / f"{split}.bin" for split in SPLITS}
+    completed = {split: _completed_info(path, request) for split, path in paths.items()}
+    if not overwrite:
+        _check_no_other_data(out_dir, paths, completed)
+    tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
+    vocabulary_hash = tokenizer_hash(tokenizer)
+    infos = {}
+    for split, path in reversed(paths.items()):  # validation first: it is short, and fails early if it has no stories
+        info = completed[split]
+        if info is None or info.tokenizer_hash != vocabulary_hash:  # they differ if the vocabulary was lost
+            info = _write_split(data, split, tokenizer, path, request)
+        infos[split] = info
+    return PreparedData(**infos)
+
+
+def _completed_info(path: Path, request: dict[str, Any]) -> TokenFileInfo | None:
+    """The description of a complete `.bin` with the same request, or None."""
+    try:
+        info = read_info(path)
+    except StoryLLMError:
+        return None
+    complete = path.exists() and path.stat().st_size == info.tokens * TOKEN_DTYPE.itemsize
+    return info if complete and info.request == request else None
+
+
+def _check_no_other_data(out_dir: Path, paths: dict[str, Path], completed: dict[str, TokenFileInfo | None]) -> None:
+    """Raises StoryLLMError if the folder has a file that this request did not write."""
+    others = [path for split, path in paths.items() if path.exists() and not completed[split]]
+    descriptions = [path.with_suffix(".json") for path in paths.values()]
+    others += [path for path in descriptions if _is_unreadable(path, read_info)]
+    # A corrupted vocabulary next to data of this request belongs to that data, and is replaced.
+    if not any(completed.values()) and _is_unreadable(out_dir / VOCABULARY, lambda path: load_tokenizer(path.parent)):
+        others.append(out_dir / VOCABULARY)
+    if others:
+        raise StoryLLMError(
+            f"{others[0]} holds other data (another source, tokenizer or setting); use another folder (--out), "
+            "or pass overwrite=True (--overwrite) to replace it"
+        )
+
+
+def _is_unreadable(path: Path, read: Callable[[Path], object]) -> bool:
+    """True if the file exists and `read` raises StoryLLMError for it."""
+    try:
+        if path.exists():
+            read(path)
+    except StoryLLMError:
+        return True
+    return False
+
+
+def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) -> tiktoken.Encoding:
+    """The tokenizer for this request: from the file `path`, or else created and saved there."""
+    with suppress(StoryLLMError):  # missing or corrupted
+        values = read_json(path)
+        if values.get("request") == request:
+            return tokenizer_from_dict(values)
+    if data.tokenizer == "gpt2":
+        tokenizer = gpt2_tokenizer()
+    else:
+        stories = tqdm(read_stories(data, "train"), desc="vocabulary", unit=" stories", file=sys.stdout)
+        tokenizer = train_bpe(stories, int(data.tokenizer.removeprefix("bpe:")))
+    write_json(path, {**tokenizer_to_dict(tokenizer), "request": request})
+    return tokenizer
+
+
+def _write_split(
+    data: DataConfig, split: str, tokenizer: tiktoken.Encoding, path: Path, request: dict[str, Any]
+) -> TokenFileInfo:
+    """Writes the `.bin` and the `.json` of a split."""
+    num_stories = num_tokens = num_bytes = 0
+    digest = hashlib.sha256()
+    stories = read_stories(data, split)  # raises before the file is created
+    with atomic_write(path) as file, tqdm(desc=split, unit=" stories", file=sys.stdout) as bar:
+        for batch in encoded_batches(stories, tokenizer):
+            encoded = batch.ids.tobytes()
+            file.write(encoded)
+            digest.update(encoded)
+            num_stories += batch.num_stories
+            num_tokens += len(batch.ids)
+            num_bytes += batch.num_bytes
+            bar.update(batch.num_stories)
+        if not num_stories:
+            raise StoryLLMError(
+                f"{data.source} has no {split} stories; add some (separate stories in a .txt with a line "
+                f"{END_OF_TEXT}), or raise validation_fraction ({data.validation_fraction:g})"
+            )
+        info = TokenFileInfo(
+            split=split,
+            source=data.source,
+            tokenizer=tokenizer.name,
+            tokenizer_hash=tokenizer_hash(tokenizer),
+            vocab_size=tokenizer.n_vocab,
+            stories=num_stories,
+            tokens=num_tokens,
+            bytes=num_bytes,
+            sha256=digest.hexdigest(),
+            request=request,
+        )
+        # Delete the old .bin, write the new .json, then rename the new .bin: a crash in between never leaves a .json
+        # next to data that it does not describe.
+        path.unlink(missing_ok=True)
+        write_json(path.with_suffix(".json"), dataclasses.asdict(info))
+    return info
+
+
+class EncodedBatch(NamedTuple):
+    """Some stories as token ids."""
+
+    ids: np.ndarray  # (tokens,) uint16; each story ends with the end-of-text token
+    num_stories: int
+    num_bytes: int  # of UTF-8 text, without the end-of-text tokens
+
+
+def encoded_batches(stories: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[EncodedBatch]:
+    """Yields the stories as token ids, in order, in batches of at least BATCH_CHARACTERS characters.
+
+    One thread per core tokenizes, at most that many batches ahead of the caller.
+    """
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending: deque[Future[EncodedBatch]] = deque()
+        for batch in _batches(stories):
+            pending.append(pool.submit(_encode, batch, tokenizer))
+            if len(pending) > workers:
+                yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
+
+
+def _batches(stories: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for story in stories:
+        batch.append(story)
+        characters += len(story) + len(END_OF_TEXT)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(stories: list[str], tokenizer: tiktoken.Encoding) -> EncodedBatch:
+    text = END_OF_TEXT.join([*stories, ""])
+    num_bytes = len(text.encode()) - len(END_OF_TEXT) * len(stories)
+    if text.count(END_OF_TEXT) == len(stories):
+        ids = tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(TOKEN_DTYPE)
+    else:  # a story contains "<|endoftext|>" as ordinary text: tokenize each story separately
+        separate = [[*tokenizer.encode_ordinary(story), tokenizer.eot_token] for story in stories]
+        ids = np.concatenate([np.array(story_ids, TOKEN_DTYPE) for story_ids in separate])
+    return EncodedBatch(ids, len(stories), num_bytes)

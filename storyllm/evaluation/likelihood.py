@@ -1,0 +1,90 @@
+"""Loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import StoryLLMError
+from ..data.token_file import open_token_file
+from ..data.tokenizer import tokenizer_hash
+from ..data.windows import sequential_windows
+from ..device import DeviceConfig
+from ..storyteller import Storyteller
+
+# Tokens per forward pass: enough to keep a GPU busy; on a CPU, more would only take memory.
+CPU_TOKENS, GPU_TOKENS = 1_024, 16_384
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `evaluate`. Each token of the file except the first was predicted once."""
+
+    loss: float  # nats per token
+    perplexity: float  # exp(loss)
+    bits_per_byte: float  # total loss in bits / bytes of text; comparable across vocabularies
+    tokens: int  # predicted tokens
+    bytes: int  # bytes of text
+
+
+def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
+    """Converts a loss in nats per token, averaged over `tokens` tokens, to bits per byte of their text."""
+    return loss * tokens / math.log(2) / max(1, text_bytes)
+
+
+@torch.no_grad()
+def evaluate(storyteller: Storyteller, data: str | Path) -> Report:
+    """The loss over a complete `.bin` file, in float32 and deterministic.
+
+    Windows of `block_size` tokens do not overlap; a token is predicted from the earlier tokens of its window. Raises
+    StoryLLMError if the data was prepared with another tokenizer.
+    """
+    if not isinstance(storyteller, Storyteller):
+        raise StoryLLMError(
+            f"evaluate got a {type(storyteller).__name__}, expected a Storyteller; use storyllm.load(path)"
+        )
+    tokens = open_token_file(data)
+    if tokens.info.tokenizer_hash != tokenizer_hash(storyteller.tokenizer):
+        raise StoryLLMError(
+            f"{data} uses the tokenizer {tokens.info.tokenizer} ({tokens.info.vocab_size} tokens), the model uses "
+            f"another, {storyteller.tokenizer.name} ({storyteller.tokenizer.n_vocab}); prepare the data with that one"
+        )
+    if len(tokens.ids) < 2:
+        raise StoryLLMError(f"{data} has {len(tokens.ids)} token, needs at least 2; prepare more stories")
+    model = storyteller.model
+    device, block_size = model.lm_head.weight.device, model.config.block_size
+    was_training = model.training
+    model.eval()
+    nats, predicted = 0.0, 0
+    windows_per_batch = max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // block_size)
+    for x, y in sequential_windows(tokens.ids, block_size, windows_per_batch):
+        loss = model.loss(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
+        nats += loss.item() * y.size
+        predicted += y.size
+    model.train(was_training)
+    loss_per_token = nats / predicted
+    return Report(
+        loss=loss_per_token,
+        perplexity=math.exp(loss_per_token) if loss_per_token < 700 else math.inf,
+        bits_per_byte=bits_per_byte(loss_per_token, predicted, tokens.info.bytes),
+        tokens=predicted,
+        bytes=tokens.info.bytes,
+    )
+
+
+@torch.no_grad()
+def mean_loss(
+    loss_fn: Callable[[Tensor, Tensor], Tensor], micro_batches: Iterable[tuple[Tensor, Tensor]], device: DeviceConfig
+) -> float:
+    """The mean loss in nats per token over micro-batches of windows. The model must be in evaluation mode."""
+    total, windows = torch.zeros((), device=device.device), 0
+    for x, y in micro_batches:
+        with device.autocast():
+            total += loss_fn(x, y) * len(x)
+        windows += len(x)
+    return total.item() / windows

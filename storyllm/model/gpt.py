@@ -1,0 +1,180 @@
+"""GPT-2's architecture (Radford et al. 2019).
+
+The state dict has GPT-2's names, on `nn.Linear` with (out, in) weights. Shapes: batch size B, sequence length T,
+C = n_embd, H = n_head, D = C / H.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..config import GPTConfig, StoryLLMError
+from .decoding import decode
+from .kv_cache import KVCache
+from .linear import Linear
+from .loss import linear_cross_entropy
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017); a token attends to itself and earlier tokens."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v in one matrix
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        heads = (part.view(B, T, self.config.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        q, k, v = heads  # (B, H, T, D) each
+        mask = None
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (B, H, S, D)
+            mask = cache.mask(T)
+        y = self.attend(q, k, v, mask)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, where `mask` (T, S) selects the visible keys; causal if it is None."""
+        T = q.size(2)
+        dropout = self.config.dropout if self.training else 0.0
+        if self.config.flash_attention:  # is_causal instead of a mask allows the fastest kernel
+            causal = mask is None and T > 1
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, S)
+        if mask is None and T > 1:
+            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return F.dropout(scores.softmax(dim=-1), p=dropout) @ v
+
+
+class MLP(nn.Module):
+    """Two linear layers with a hidden size of 4 C and exact GELU (Hendrycks and Gimpel 2016)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention and MLP, each with a residual connection."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), layer, cache)
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """A GPT-2 style language model. The weights are initialized from PyTorch's global generator."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        if not isinstance(config, GPTConfig):
+            raise StoryLLMError(f"GPT got a {type(config).__name__}, expected a GPTConfig; pass recipe.model")
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.apply(self._init_weights)
+
+    def tie_weights(self) -> None:
+        """Shares one parameter between the token embedding and the head (Press and Wolf 2017)."""
+        self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, (CausalSelfAttention, MLP)):
+            # GPT-2 scales the 2 * n_layer projections that add to the residual stream. `apply` visits a module after
+            # its children, so this overrides the initialization above.
+            nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
+
+    def num_parameters(self, count_tied_head: bool = False) -> int:
+        """Number of parameters. The weight shared by embedding and head counts twice if `count_tied_head`."""
+        total = sum(p.numel() for p in self.parameters())
+        return total + (self.lm_head.weight.numel() if count_tied_head else 0)
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids to the (B, T, C) final hidden states. With a cache, `idx` follows the cached tokens.
+
+        Raises StoryLLMError if the tokens exceed the context.
+        """
+        T = idx.size(1)
+        start = cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise StoryLLMError(f"got {start + T} tokens, block_size is {self.config.block_size}; truncate the input")
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions(T)
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)  # (B, T, C)
+        x = self.transformer["drop"](x)
+        for layer, block in enumerate(self.transformer["h"].children()):
+            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, layer, use_reentrant=False)
+            else:
+                x = block(x, layer, cache)
+        if cache is not None:
+            cache.advance(T)
+        return self.transformer["ln_f"](x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, T) ids to (B, T, vocab_size) logits, and the mean loss in nats per token if (B, T) targets are given."""
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """The loss of `forward`, in nats per token, without materializing all logits (see `linear_cross_entropy`)."""
+        return linear_cross_entropy(self.hidden(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """(B, T) ids to the (B, vocab_size) logits of the next token. With a cache, `idx` follows the cached tokens."""
+        return self.lm_head(self.hidden(idx, cache)[:, -1])
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(B, T) prompts to (B, T + max_new_tokens): the prompts followed by that many new ids.
+
+        See `next_token_probs` for the sampling parameters and `decode` for how it works.
+        """
+        new_ids = decode(self, idx, max_new_tokens, temperature, top_k, top_p, generator)
+        return torch.cat([idx, *(ids[:, None] for ids in new_ids)], dim=1)

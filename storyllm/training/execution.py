@@ -1,0 +1,139 @@
+"""How a batch is executed on the device: micro-batches, retries when memory runs out, and compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..config import StoryLLMError, TrainConfig
+from ..device import DeviceConfig, is_out_of_memory
+from ..files import os_error
+from ..model.gpt import GPT
+from .interrupt import Interrupt
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (windows, T) inputs and targets -> mean nats per token
+T = TypeVar("T")
+
+
+class Execution:
+    """Executes batches in micro-batches that fit the device. `device.micro_batch_size` shrinks when memory runs out."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: DeviceConfig,
+        optimizer: torch.optim.Optimizer,
+        interrupt: Interrupt,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.optimizer = optimizer
+        self.scaler = device.grad_scaler()
+        self.interrupt = interrupt
+        self.warn = warn
+
+    def micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(windows, T) inputs and targets on the device, a micro-batch at a time.
+
+        Raises StopRequested before the next micro-batch after an interrupt.
+        """
+        size = self.device.micro_batch_size
+        x, y = x.to(self.device.device), y.to(self.device.device)  # one copy, since each synchronizes
+        for micro_batch in zip(x.split(size), y.split(size), strict=True):
+            self.interrupt.check()
+            yield micro_batch
+
+    def retry(self, attempt: Callable[[], T]) -> T:
+        """Calls `attempt`, again with half the micro-batch size each time it runs out of memory."""
+        while True:
+            try:
+                return attempt()
+            except Exception as error:
+                size = min(self.device.micro_batch_size, max(self.config.windows_per_update, self.config.eval_windows))
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            # Outside the except clause: the exception keeps all tensors of its traceback alive.
+            self.warn(f"out of memory with micro-batch size {size}, retrying with {size // 2}")
+            self.device = dataclasses.replace(self.device, micro_batch_size=size // 2)
+            self.optimizer.zero_grad(set_to_none=True)
+            scaler_state, self.scaler = self.scaler.state_dict(), self.device.grad_scaler()
+            self.scaler.load_state_dict(scaler_state)
+            if self.device.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def fp16_overflowed(self) -> bool:
+        """True if an update that is not finite was an fp16 overflow that a smaller loss scale can still avoid."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+    def prepare_loss(self, model: GPT, x: Tensor, y: Tensor) -> tuple[LossFunction, float]:
+        """`model.loss`, compiled if the device config says so, and its seconds per window for forward and backward.
+
+        Both are tried on (windows, T) examples, at least a micro-batch of an update.
+        """
+
+        def attempt() -> tuple[LossFunction, float]:
+            size = self.device.micro_batch_size
+            xb, yb = x[:size].to(self.device.device), y[:size].to(self.device.device)
+            loss_fn = self._compile(model, xb, yb) if self.device.compile else model.loss
+            self._forward_backward(loss_fn, xb, yb)  # warm up
+            started = time.monotonic()
+            self._forward_backward(loss_fn, xb, yb)
+            return loss_fn, (time.monotonic() - started) / len(xb)
+
+        model.train()
+        try:
+            return self.retry(attempt)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _compile(self, model: GPT, x: Tensor, y: Tensor) -> LossFunction:
+        """`model.loss`, compiled for micro-batches of this size; `model.loss` itself, with a warning, if that fails."""
+        compiled = torch.compile(model.loss, dynamic=False)
+        try:
+            self._forward_backward(compiled, x, y)
+        except Exception as error:  # compilers fail in many ways
+            if is_out_of_memory(error):
+                raise
+            self.warn(f"torch.compile failed ({type(error).__name__}), training without it")
+            reason = f"torch.compile failed: {type(error).__name__}"
+            self.device = dataclasses.replace(self.device, compile=False, compile_reason=reason)
+            return model.loss
+
+        def loss_fn(x: Tensor, y: Tensor) -> Tensor:
+            size = min(self.device.micro_batch_size, self.config.windows_per_update)
+            # Another size, such as the remainder of an update, is not worth its own compilation.
+            return (compiled if len(x) == size else model.loss)(x, y)
+
+        return loss_fn
+
+    def _forward_backward(self, loss_fn: LossFunction, x: Tensor, y: Tensor) -> None:
+        with self.device.autocast():
+            loss = loss_fn(x, y)
+        loss.backward()
+        loss.item()  # waits for the device
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns operating system errors and running out of memory into StoryLLMErrors."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise os_error("open or write", error.filename or "the output", error) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:100]
+        raise StoryLLMError(
+            f"out of memory ({reason}); lower model.n_embd, model.n_layer, model.block_size, train.batch_size or "
+            "train.eval_windows, or set model.gradient_checkpointing"
+        ) from error

@@ -1,0 +1,53 @@
+"""Ctrl-C, a notebook's stop button, and SIGTERM, handled at safe points of training."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Terminated(KeyboardInterrupt):
+    """An interrupt by SIGTERM, as when a machine is shut down."""
+
+
+class StopRequested(KeyboardInterrupt):
+    """The first interrupt, raised where training can stop and save."""
+
+
+class Interrupt:
+    """Within its `with` block, the first SIGINT or SIGTERM is a request: `check` raises StopRequested for it.
+
+    A second one raises KeyboardInterrupt (Terminated for SIGTERM) immediately. Outside the main thread, where Python
+    delivers no signals, it has no effect.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0  # the signal's number, 0 if there was none
+        self._previous_handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous_handlers[signum] = signal.signal(signum, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise_interrupt(signum, frame)
+        self.requested = signum
+
+    def check(self) -> None:
+        """Raises StopRequested if there was an interrupt."""
+        if self.requested:
+            raise StopRequested
+
+
+def raise_interrupt(signum: int, frame: FrameType | None) -> None:
+    """A signal handler that raises KeyboardInterrupt, or Terminated for SIGTERM."""
+    raise Terminated if signum == signal.SIGTERM else KeyboardInterrupt

@@ -1,0 +1,175 @@
+"""`log.jsonl`: one JSON object per line, written during training and read back for figures.
+
+{"event": "run", "recipe": {...}, "versions": {...}, "device": "CPU", "git_revision": "...", ...}     at each start
+{"event": "update", "iteration": 32, "train_loss": 10.8, "learning_rate": 4e-05, "grad_norm": 2.1, ...}
+{"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
+{"event": "warning", "iteration": 500, "message": "out of memory with micro-batch size 32, retrying with 16"}
+
+Each line ends with a checksum, so that a corrupted number is not mistaken for a different one.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ..config import Recipe, StoryLLMError
+from ..files import fsync, os_error
+
+# The numbers that an entry must contain.
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "run": (),
+    "update": ("iteration", "learning_rate"),
+    "evaluation": ("iteration", "train_loss", "val_loss", "val_bits_per_byte"),
+    "warning": ("iteration",),
+}
+
+
+@dataclass
+class Log:
+    """The log of a run. Losses are in nats per token."""
+
+    run: dict[str, Any] = field(default_factory=dict)  # the last "run" entry: recipe, versions, device
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    interrupted: int = 0  # from `train`: the signal that interrupted it (2: SIGINT, 15: SIGTERM), 0 if it completed
+
+
+def read_log(path: str | Path, size: int | None = None) -> Log:
+    """Reads a `log.jsonl`, or its first `size` bytes. Raises StoryLLMError if it is missing or a line is corrupted.
+
+    A last line without a newline is ignored: the process was killed while writing it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StoryLLMError(f"log {path} not found; train a model first, or pass the log.jsonl of a run")
+    try:
+        with open(path, "rb") as file:
+            *lines, _incomplete = file.read(-1 if size is None else size).split(b"\n")
+    except OSError as error:
+        raise os_error("read", path, error) from error
+    log = Log()
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = _parse_line(line)
+            if entry["event"] == "run":
+                log.run = entry
+            else:
+                lists = {"update": log.updates, "evaluation": log.evaluations, "warning": log.warnings}
+                lists[entry["event"]].append(entry)
+        except (StoryLLMError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoryLLMError(
+                f"{path} line {number} is corrupted or not from a StoryLLM log; fix the line, or move the file away"
+            ) from error
+    return log
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """The entry in a line. Raises some exception if the line is corrupted."""
+    if checked := re.fullmatch(rb'(.*), "crc32": (\d+)\}\r?', line):
+        line = checked[1] + b"}"
+        if zlib.crc32(line) != int(checked[2]):
+            raise ValueError("checksum mismatch")
+    entry = json.loads(line)
+    for name in REQUIRED[entry["event"]]:
+        if type(entry[name]) not in ((int,) if name == "iteration" else (int, float)):
+            raise TypeError(f"{name} is {entry[name]}")
+    for name, value in entry.items():
+        if isinstance(value, (int, float)) and not abs(value) < 2**63:  # also rejects NaN
+            raise ValueError(f"{name} is {value}")
+    if entry["event"] == "run":
+        Recipe.from_dict(entry.get("recipe", {}))
+    return entry
+
+
+class LogWriter:
+    """Appends entries to a `log.jsonl`, once it is open. Raises StoryLLMError if the file cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: IO[bytes] | None = None
+        self._warnings: list[str] = []
+
+    def open(self, size: int) -> LogWriter:
+        """Opens the file for appending, truncated to its first `size` bytes."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            self.file = os.fdopen(descriptor, "r+b", buffering=0)
+            self.file.truncate(min(size, os.fstat(descriptor).st_size))
+        except OSError as error:
+            raise os_error("write", self.path, error) from error
+        return self
+
+    def __enter__(self) -> LogWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def warn(self, message: str) -> None:
+        """Issues a Python warning, and logs it after the next entry. Works before the file is open."""
+        warnings.warn(message, stacklevel=2)
+        self._warnings.append(message)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends an entry, unbuffered, and then any warnings, with the entry's iteration."""
+        self._append(entry)
+        while self._warnings:
+            self._append({"event": "warning", "iteration": entry["iteration"], "message": self._warnings.pop(0)})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        assert self.file is not None
+        line = json.dumps(entry).encode()
+        line = line[:-1] + b', "crc32": %d}\n' % zlib.crc32(line)
+        try:
+            while line:
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            raise os_error("write", self.path, error) from error
+
+    def sync(self) -> int:
+        """Flushes the file to disk; returns its size in bytes, 0 if it is not open yet."""
+        if self.file is None:
+            return 0
+        try:
+            fsync(self.file.fileno())
+            return os.fstat(self.file.fileno()).st_size
+        except OSError as error:
+            raise os_error("write", self.path, error) from error
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, platform, git revision (None outside a checkout) and the current time."""
+    packages = ("torch", "tiktoken", "tokenizers", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "git_revision": _git_revision(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of the checkout that contains this package at its top level, if any."""
+    checkout = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        top, revision = done.stdout.splitlines()
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return revision if Path(top) == checkout else None

@@ -1,0 +1,273 @@
+"""The training loop.
+
+Windows and dropout are drawn from generators seeded by the iteration, so the state of a run is its weights, its
+optimizer and a few numbers, and an interrupted run gives the same result as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Recipe, StoryLLMError, TrainConfig, printable
+from ..data.stories import SPLITS
+from ..data.token_file import Dataset, open_dataset
+from ..data.windows import DROPOUT, evaluation_windows, training_batch
+from ..device import DeviceConfig, resolve_device_config
+from ..evaluation.likelihood import bits_per_byte, mean_loss
+from ..model.gpt import GPT
+from .execution import Execution, LossFunction, one_line_errors
+from .interrupt import Interrupt, StopRequested
+from .log import Log, describe_environment
+from .optimizer import lr_at, make_optimizer
+from .progress import Progress
+from .run_folder import RunFolder, TrainState
+
+
+def train_step(
+    loss_fn: LossFunction,
+    micro_batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    learning_rate: float,
+    config: TrainConfig,
+    device: DeviceConfig,
+    scaler: torch.amp.GradScaler,
+) -> tuple[Tensor, Tensor]:
+    """One optimizer update: accumulates the gradients of the micro-batches, clips them, and steps.
+
+    `micro_batches` are (windows, T) inputs and targets of any number of windows. Each window has the weight of one
+    window of a full update, even if the last update has fewer. Returns the mean loss in nats per token and the gradient
+    norm before clipping, both as scalars on the device.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    total_loss, windows = torch.zeros((), device=device.device), 0
+    for x, y in micro_batches:
+        with device.autocast():
+            loss = loss_fn(x, y)
+        scaler.scale(loss * (len(x) / config.windows_per_update)).backward()
+        total_loss += loss.detach() * len(x)
+        windows += len(x)
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+    scaler.step(optimizer)  # does nothing if fp16 overflowed; `update` then halves the scale
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total_loss / windows, grad_norm
+
+
+def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | Path = "checkpoints") -> Log:
+    """Trains a model on the data that `prepare` wrote to `data_dir`, and returns the log of the complete run.
+
+    Writes `best_model_params.pt` (lowest validation loss), `last.pt` (the state to resume from) and `log.jsonl` to
+    `checkpoint_dir`. If they exist, the run resumes, and gives the same losses as an uninterrupted one (on a CPU to the
+    bit). Ctrl-C, a notebook's stop button or SIGTERM saves and returns, with the signal in the log's `interrupted`. A
+    second one raises KeyboardInterrupt immediately; the last save remains.
+
+    Raises StoryLLMError if the data is missing or does not match, if the checkpoints belong to another run or are in
+    use by another process, if the loss is not finite, and if disk space or memory run out.
+    """
+    if not isinstance(recipe, Recipe):
+        raise StoryLLMError(f"train got a {type(recipe).__name__}, expected a Recipe; use storyllm.get_recipe(name)")
+    data = open_dataset(data_dir)
+    model_config = dataclasses.replace(recipe.model, vocab_size=data.train.info.vocab_size)
+    recipe = Recipe(model=model_config, data=data.config, train=recipe.train)
+    config = recipe.train
+    folder = RunFolder(checkpoint_dir, recipe, data)
+    with folder.lock(), torch.random.fork_rng(), Interrupt() as interrupt, one_line_errors():
+        # Resume the run in the folder, or start a new one.
+        saved = folder.load()
+        device = resolve_device_config(config, model_config)
+        if saved and config.micro_batch_size == "auto" and saved["device"] == device.device.type:
+            device = dataclasses.replace(device, micro_batch_size=saved["micro_batch_size"])
+        torch.manual_seed(config.seed)
+        model = GPT(model_config).to(device.device)
+        optimizer = make_optimizer(model, config)
+        execution = Execution(config, device, optimizer, interrupt, folder.log.warn)
+        state = folder.restore(saved, model, execution) if saved else TrainState()
+        progress = Progress(recipe, state.iteration, device.peak_flops)
+        if state.last_evaluation >= config.last_iteration:
+            progress.print(
+                f"already finished: {printable(str(folder.path))} has completed {state.last_evaluation:,} iterations; "
+                "raise train.max_iters (or stop_at), or use another checkpoint folder for a new run"
+            )
+            return folder.read_log()
+        if saved:
+            progress.print(f"resuming at iteration {state.iteration:,}")
+        progress.print(f"{model.num_parameters():,} parameters on {execution.device.description}")
+
+        eval_windows = evaluation_windows(data, model_config.block_size, config)
+        loss_fn, seconds_per_window = execution.prepare_loss(model, *update_windows(data, recipe, 0))
+        progress.estimate(seconds_per_window, state.iteration, state.last_evaluation)
+        if not saved:  # from here on, the folder belongs to this run
+            folder.save(state, model, execution)
+
+        last_save = time.monotonic()
+        run_start = time.monotonic() - state.seconds
+        with progress, folder.log.open(state.log_bytes) as log:  # truncated to what the saved state knows
+            log.write({"event": "run", "iteration": state.iteration, **describe_run(recipe, data, model, execution)})
+            try:
+                while True:
+                    next_iteration = min(state.iteration + config.gradient_accumulation_steps, config.max_iters)
+
+                    # Evaluate when due, and keep the best weights.
+                    for iteration in evaluations_due(state, next_iteration, config):
+                        started = time.monotonic()
+                        losses = estimate_loss(model, eval_windows, data, execution)
+                        progress.add_evaluation(time.monotonic() - started)
+                        if not math.isfinite(losses["train_loss"] + losses["val_loss"]):
+                            problem = f"the loss is {losses['train_loss']}, validation loss {losses['val_loss']}"
+                            raise folder.diverged(problem, iteration)
+                        if losses["val_loss"] < state.best_val_loss:
+                            folder.save_best(model, iteration, losses["val_loss"])
+                            state.best_val_loss = losses["val_loss"]
+                        state.last_evaluation = iteration
+                        entry: dict[str, Any] = {
+                            **losses,
+                            "learning_rate": lr_at(iteration, config),
+                            "seconds": state.seconds,
+                        }
+                        log.write({"event": "evaluation", "iteration": iteration, **entry})
+                        progress.show_evaluation(iteration, losses)
+
+                    if next_iteration > config.last_iteration or state.iteration == config.max_iters:
+                        break
+
+                    # One optimizer update.
+                    started = time.monotonic()
+                    x, y = update_windows(data, recipe, state.iteration)
+                    learning_rate = lr_at(next_iteration - 1, config)
+                    model.train()
+                    loss, grad_norm = step_within_memory(execution, loss_fn, x, y, learning_rate, state, progress)
+                    if not math.isfinite(loss + grad_norm):
+                        if not execution.fp16_overflowed():
+                            raise folder.diverged(f"the loss is {loss}, its gradient norm {grad_norm}", next_iteration)
+                        state.skipped_updates += 1
+                    seconds = time.monotonic() - started
+                    state.iteration = next_iteration
+                    state.seconds = time.monotonic() - run_start
+
+                    # Log.
+                    entry = {
+                        "train_loss": loss if math.isfinite(loss) else None,
+                        "learning_rate": learning_rate,
+                        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+                        **progress.update_metrics(len(x), seconds, state.iteration, state.last_evaluation),
+                        **({"skipped_updates": state.skipped_updates} if execution.scaler.is_enabled() else {}),
+                        "seconds": state.seconds,
+                    }
+                    log.write({"event": "update", "iteration": state.iteration, **entry})
+                    progress.show_update(entry)
+
+                    # Save when due.
+                    if time.monotonic() - last_save > 60 * config.checkpoint_minutes:
+                        folder.save(state, model, execution)
+                        last_save = time.monotonic()
+            except OSError:  # standard output is closed or full; the files raise StoryLLMError
+                folder.save(state, model, execution)
+                raise
+            except StopRequested:
+                folder.save(state, model, execution)
+                progress.print(f"interrupted: saved iteration {state.iteration:,} to {printable(str(folder.last))}")
+            else:
+                folder.save(state, model, execution)
+    interrupted = interrupt.requested if state.last_evaluation < config.last_iteration else 0
+    return dataclasses.replace(folder.read_log(), interrupted=interrupted)
+
+
+def evaluations_due(state: TrainState, next_iteration: int, config: TrainConfig) -> list[int]:
+    """The iterations at which the current weights are evaluated, before the update that ends at `next_iteration`.
+
+    An evaluation that falls within an update sees the weights before it.
+    """
+    first = max(state.iteration, state.last_evaluation + 1)
+    stop = config.last_iteration + 1
+    if state.iteration < config.max_iters:
+        stop = min(next_iteration, stop)
+    return [i for i in range(first, stop) if i % config.eval_interval == 0 or i == config.last_iteration]
+
+
+def estimate_loss(
+    model: GPT, eval_windows: dict[str, tuple[np.ndarray, np.ndarray]], data: Dataset, execution: Execution
+) -> dict[str, float]:
+    """The losses on both splits' evaluation windows, in nats per token, and the validation loss in bits per byte.
+
+    Never compiled: that would take longer than it saves.
+    """
+    model.eval()
+
+    def loss_on(split: str) -> float:
+        x, y = map(torch.from_numpy, eval_windows[split])  # (eval_windows, T) each
+        return execution.retry(lambda: mean_loss(model.loss, execution.micro_batches(x, y), execution.device))
+
+    train_loss, val_loss = (loss_on(split) for split in SPLITS)
+    info = data.validation.info
+    bpb = bits_per_byte(val_loss, info.tokens, info.bytes)
+    return {"train_loss": train_loss, "val_loss": val_loss, "val_bits_per_byte": bpb}
+
+
+def update_windows(data: Dataset, recipe: Recipe, iteration: int) -> tuple[Tensor, Tensor]:
+    """(windows, T) inputs and targets of the update that starts at `iteration`."""
+    config = recipe.train
+    stop = min(iteration + config.gradient_accumulation_steps, config.max_iters)
+    batches = [training_batch(data.train, recipe.model.block_size, config, i) for i in range(iteration, stop)]
+    x, y = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*batches, strict=True))
+    return x, y
+
+
+def step_within_memory(
+    execution: Execution,
+    loss_fn: LossFunction,
+    x: Tensor,
+    y: Tensor,
+    learning_rate: float,
+    state: TrainState,
+    progress: Progress,
+) -> tuple[float, float]:
+    """`train_step` on an update's windows, retried if it runs out of memory. Returns loss and gradient norm."""
+
+    def attempt() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(dropout_seed(execution.config.seed, state.iteration))
+        micro_batches = progress.track(execution.micro_batches(x, y), state.iteration)
+        return train_step(
+            loss_fn,
+            micro_batches,
+            execution.optimizer,
+            learning_rate,
+            execution.config,
+            execution.device,
+            execution.scaler,
+        )
+
+    loss, grad_norm = execution.retry(attempt)
+    return loss.item(), grad_norm.item()
+
+
+def dropout_seed(seed: int, iteration: int) -> int:
+    """The seed of an update's dropout, independent of the seeds of the windows."""
+    return int(np.random.SeedSequence((DROPOUT, seed, iteration)).generate_state(1, np.uint64)[0]) >> 1  # int64
+
+
+def describe_run(recipe: Recipe, data: Dataset, model: GPT, execution: Execution) -> dict[str, Any]:
+    """The log's description of the run: recipe, data, device and versions."""
+    device = execution.device
+    return {
+        "recipe": recipe.to_dict(),
+        "parameters": model.num_parameters(),
+        "device": device.name,
+        "dtype": str(device.dtype).removeprefix("torch."),
+        "compiled": device.compile,
+        "micro_batch_size": device.micro_batch_size,
+        "device_description": device.description,
+        "data": {split: dataclasses.asdict(data[split].info) for split in SPLITS},
+        **describe_environment(),
+    }

@@ -1,0 +1,236 @@
+"""The files of a run: save them, resume from them, and never overwrite those of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import CorruptedCheckpointError, load_checkpoint, model_contents, save_checkpoint
+from ..config import Recipe, StoryLLMError
+from ..data.token_file import Dataset
+from ..files import earlier_version, lock_folder
+from ..model.gpt import GPT
+from .execution import Execution
+from .log import Log, LogWriter, read_log
+from .optimizer import load_optimizer_state, lr_at
+
+BEST = "best_model_params.pt"
+LAST = "last.pt"
+LOG = "log.jsonl"
+
+# Settings that may change when a run resumes: how long it runs and on what, not what it learns.
+RESUMABLE_CHANGES = frozenset(
+    "max_iters stop_at micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile".split()
+)
+
+
+@dataclass
+class TrainState:
+    """How far a run has come. Weights, optimizer and gradient scaler have their own state."""
+
+    iteration: int = 0  # batches processed, always a whole number of updates
+    last_evaluation: int = -1  # iteration of the last evaluation
+    best_val_loss: float = math.inf
+    seconds: float = 0.0  # training time over all sessions
+    log_bytes: int = 0  # size of log.jsonl when this state was saved
+    skipped_updates: int = 0  # updates skipped because fp16 overflowed
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainState:
+        """The inverse of `dataclasses.asdict`. Raises TypeError or ValueError for anything else."""
+        if set(values) != {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError("unknown or missing field")
+        for name, default in dataclasses.asdict(cls()).items():
+            value = values[name]
+            if type(value) is not type(default) or not value >= min(0, default):  # also rejects NaN
+                raise ValueError(f"{name} is invalid")
+            if type(value) is int and value >= 2**63:
+                raise ValueError(f"{name} is out of range")
+        return cls(**values)
+
+
+class RunFolder:
+    """The checkpoint folder of a run of `recipe` on `data`."""
+
+    def __init__(self, path: str | Path, recipe: Recipe, data: Dataset) -> None:
+        self.path = Path(path)
+        self.recipe = recipe
+        self.data = data
+        self.last = self.path / LAST
+        self.log = LogWriter(self.path / LOG)
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Creates the folder and keeps other processes out. Raises StoryLLMError if it is in use."""
+        return lock_folder(self.path)
+
+    def read_log(self) -> Log:
+        """The log so far."""
+        return read_log(self.path / LOG)
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest intact state, validated; None for a new run.
+
+        A corrupted last.pt is renamed to last.pt.corrupted and the previous version is used, with a warning. Raises
+        StoryLLMError if no version is intact, if the state belongs to another recipe or other data, or if the folder
+        contains files of another run.
+        """
+        saved = self._newest_intact()
+        if saved is None:
+            for name in (BEST, LOG):
+                if (self.path / name).exists():
+                    raise StoryLLMError(
+                        f"{self.path} contains the {name} of a run but no {LAST}; "
+                        "use another checkpoint folder, or move that file away"
+                    )
+            return None
+        self._validate(saved)
+        self._check_other_files(saved)
+        return saved
+
+    def _newest_intact(self) -> dict[str, Any] | None:
+        path = self.last
+        versions = saved_versions(path)
+        corrupted: list[Path] = []
+        for version in versions:
+            try:
+                saved = load_checkpoint(version)
+            except CorruptedCheckpointError:
+                corrupted.append(version)
+                continue
+            for bad in corrupted:
+                os.replace(bad, bad.with_name(f"{bad.name}.corrupted"))
+            if version != path:
+                names = ", ".join(bad.name for bad in corrupted)
+                reason = f"{names} is corrupted" if corrupted else f"{LAST} is missing"
+                self.log.warn(f"{reason}; resuming from the earlier {version}")
+            return saved
+        if versions:
+            load_checkpoint(versions[0])  # raises the error of the newest version
+        return None
+
+    def _validate(self, saved: dict[str, Any]) -> None:
+        """Raises StoryLLMError unless `saved` is a valid state of this run. Parses its "recipe" and "state"."""
+        path = self.last
+        if "optimizer" not in saved:
+            raise StoryLLMError(f"{path} contains weights but no training state; use another checkpoint folder")
+        try:
+            saved["recipe"] = Recipe.from_dict(saved["recipe"])
+            saved["state"] = TrainState.from_dict(saved["state"])
+            same_data = saved["data_sha256"] == self.data.sha256
+            if type(saved["device"]) is not str or type(saved["micro_batch_size"]) is not int:
+                raise TypeError("device or micro_batch_size is invalid")
+            if saved["micro_batch_size"] < 1:
+                raise ValueError("micro_batch_size is out of range")
+        except (StoryLLMError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise StoryLLMError(
+                f"{path} is corrupted or from another version of StoryLLM; use another checkpoint folder"
+            ) from error
+        if not same_data:
+            raise StoryLLMError(f"{path} was trained on other data; use that data, or another checkpoint folder")
+        before, now = saved["recipe"].to_dict(), self.recipe.to_dict()
+        changes = [
+            f"{part}.{name} was {before[part][name]!r}, now {value!r}"
+            for part in ("model", "train")
+            for name, value in now[part].items()
+            if name not in RESUMABLE_CHANGES and before[part][name] != value
+        ]
+        if changes:
+            more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+            raise StoryLLMError(
+                f"{path} belongs to a run with another recipe ({'; '.join(changes[:4])}{more}); "
+                "use that recipe to resume it, or another checkpoint folder"
+            )
+        iteration, max_iters = saved["state"].iteration, self.recipe.train.max_iters
+        if iteration > max_iters:
+            raise StoryLLMError(
+                f"{path} is at iteration {iteration}, max_iters is {max_iters}; raise it, "
+                "or use another checkpoint folder for a new run"
+            )
+        if before["train"]["max_iters"] != max_iters:
+            self.log.warn(
+                f"max_iters was {before['train']['max_iters']:,}, now {max_iters:,}; the learning rate schedule changes"
+            )
+
+    def _check_other_files(self, saved: dict[str, Any]) -> None:
+        """Warns about files missing next to the state. Raises StoryLLMError if the log is corrupted."""
+        state = saved["state"]
+        if state.best_val_loss < math.inf and not (self.path / BEST).exists():
+            self.log.warn(f"{self.path / BEST} is missing; the next evaluation writes a new one")
+            state.best_val_loss = math.inf
+        log = self.path / LOG
+        content = log.read_bytes()[: state.log_bytes] if log.exists() else b""
+        complete = content.rfind(b"\n") + 1  # bytes in complete lines
+        if complete < state.log_bytes:
+            self.log.warn(f"{log} lost {state.log_bytes - complete:,} bytes of entries; resuming without them")
+            state.log_bytes = complete
+        if log.exists():
+            read_log(log, state.log_bytes)
+
+    def restore(self, saved: dict[str, Any], model: GPT, execution: Execution) -> TrainState:
+        """Loads what `load` returned into model, optimizer and gradient scaler; returns the rest of the state.
+
+        Raises StoryLLMError if it does not match the model.
+        """
+        try:
+            model.load_state_dict(saved["model"])
+            load_optimizer_state(execution.optimizer, saved["optimizer"])
+            scaler = execution.scaler
+            if scaler.is_enabled() and saved["scaler"]:
+                if not all(type(value) in (int, float) for value in saved["scaler"].values()):
+                    raise TypeError("invalid scaler state")
+                scaler.load_state_dict(saved["scaler"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise StoryLLMError(
+                f"{self.last} does not match the model ({reason}); use another checkpoint folder"
+            ) from error
+        return saved["state"]
+
+    def save(self, state: TrainState, model: GPT, execution: Execution) -> None:
+        """Saves everything needed to resume as last.pt. Raises StoryLLMError if the weights are not finite."""
+        state.log_bytes = self.log.sync()  # first, so that a saved state never refers to lost log entries
+        self._check_finite(model, state.iteration)
+        save_checkpoint(
+            self.last,
+            {
+                **model_contents(model, self.data.tokenizer, self.recipe),
+                "optimizer": execution.optimizer.state_dict(),
+                "scaler": execution.scaler.state_dict(),
+                "state": dataclasses.asdict(state),
+                "data_sha256": self.data.sha256,
+                "device": execution.device.device.type,
+                "micro_batch_size": execution.device.micro_batch_size,
+            },
+            keep=self.recipe.train.keep_checkpoints,
+        )
+
+    def save_best(self, model: GPT, iteration: int, val_loss: float) -> None:
+        """Saves the model as best_model_params.pt. Raises StoryLLMError if the weights are not finite."""
+        self._check_finite(model, iteration)
+        contents = model_contents(model, self.data.tokenizer, self.recipe)
+        save_checkpoint(self.path / BEST, {**contents, "iteration": iteration, "val_loss": val_loss})
+
+    def _check_finite(self, model: GPT, iteration: int) -> None:
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise self.diverged("the weights contain NaN or infinity", iteration)
+
+    def diverged(self, problem: str, iteration: int) -> StoryLLMError:
+        """The error for a loss or weights that are not finite."""
+        return StoryLLMError(
+            f"{problem} at iteration {iteration}, learning rate {lr_at(iteration, self.recipe.train):.2e}; lower "
+            f"train.learning_rate and use another checkpoint folder ({self.path} keeps the last finite state)"
+        )
+
+
+def saved_versions(path: Path) -> list[Path]:
+    """The existing versions of a state, newest first: last.pt, last.1.pt, last.2.pt, ..."""
+    pattern = f"{path.stem}.*{path.suffix}"
+    numbers = {p.name.removeprefix(f"{path.stem}.").removesuffix(path.suffix) for p in path.parent.glob(pattern)}
+    valid = sorted(int(n) for n in numbers if re.fullmatch("[1-9][0-9]{0,3}", n))
+    return [p for p in (path, *(earlier_version(path, number) for number in valid)) if p.is_file()]

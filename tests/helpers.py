@@ -1,0 +1,124 @@
+"""Code shared by the tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from storyllm import GPTConfig, Recipe, TrainConfig, read_log
+from storyllm.checkpoint import load_checkpoint
+
+# Sample data (real TinyStories, GPT-2's vocabulary) is used if it is in this folder next to the repository.
+SAMPLE_DATA = Path(__file__).resolve().parents[2] / "shared"
+
+# 22 iterations in updates of 4: five full updates, and a last one of the two remaining batches.
+TINY = Recipe(
+    model=GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1),
+    train=TrainConfig(
+        max_iters=22,
+        batch_size=3,
+        gradient_accumulation_steps=4,
+        learning_rate=1e-2,
+        min_lr=1e-3,
+        warmup_iters=4,
+        eval_interval=5,
+        eval_windows=6,
+        device="cpu",
+    ),
+)
+TINY_UPDATES = [4, 8, 12, 16, 20, 22]
+TINY_EVALUATIONS = [0, 5, 10, 15, 20, 22]
+SAVE_EVERY_UPDATE = {"train.checkpoint_minutes": 0.0}
+
+# The same size of model on the command line.
+TINY_MODEL_OPTIONS = "--model.block-size 16 --model.n-layer 2 --model.n-head 2 --model.n-embd 32".split()
+
+NAMES = ("Ada", "Ben", "Mia", "Tom", "Zoë", "Little Bear", "the red fox", "Grandma")
+THINGS = ("kite", "drum", "apple", "snail", "boat", "lantern", "blanket", "puddle", "cake", "ladder")
+PLACES = ("garden", "forest", "kitchen", "river", "meadow", "old barn", "beach")
+VERBS = ("found", "lost", "painted", "carried", "shared", "hid", "washed", "mended")
+FEELINGS = ("happy", "sad", "proud", "sleepy", "brave", "a bit shy", "very cold")
+
+
+def random_story(rng: random.Random) -> str:
+    """A few random sentences."""
+    name, friend = rng.sample(NAMES, 2)
+    sentences = [f"One day {name} went to the {rng.choice(PLACES)}."]
+    for _ in range(rng.randint(3, 6)):
+        who = rng.choice((name, friend))
+        sentences.append(f"{who} {rng.choice(VERBS)} a {rng.choice(THINGS)} and was {rng.choice(FEELINGS)}.")
+    sentences.append(f'"Let us go home," said {friend}.')
+    return rng.choice((" ", "\n", "\n\n")).join(sentences)
+
+
+def random_stories(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [random_story(rng) for _ in range(count)]
+
+
+def weights(folder: Path, name: str = "last.pt") -> dict[str, Any]:
+    """The weights in a run's checkpoint, as lists that compare with ==."""
+    return {key: tensor.tolist() for key, tensor in load_checkpoint(folder / name)["model"].items()}
+
+
+def losses(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The updates and evaluations in a run's log, without anything that depends on the clock."""
+    log = read_log(folder / "log.jsonl")
+    names = ("iteration", "train_loss", "val_loss", "val_bits_per_byte", "learning_rate", "grad_norm")
+
+    def without_times(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{name: entry[name] for name in names if name in entry} for entry in entries]
+
+    return without_times(log.updates), without_times(log.evaluations)
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration of a saved training state."""
+    return load_checkpoint(path)["state"]["iteration"]
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    """Flips one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def folder_contents(folder: Path) -> dict[str, bytes]:
+    """The name and content of each file in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def environment() -> dict[str, str]:
+    """Environment variables for a subprocess that runs StoryLLM on one thread."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """Starts `storyllm` with these arguments in a subprocess."""
+    command = [sys.executable, "-m", "storyllm", *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), **{**pipes, **options})
+
+
+def run(*arguments: object, timeout: float = 100, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `storyllm` with these arguments to its end."""
+    process = start(*arguments, **options)
+    try:
+        out, error = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], *key_words: str) -> None:
+    """Checks for exit code 2 and a single line on standard error that contains the key words."""
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stderr.count("\n") == 1, done.stderr
+    for word in key_words:
+        assert word in done.stderr
