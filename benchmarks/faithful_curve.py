@@ -1,21 +1,21 @@
-"""Does the faithful recipe follow the published loss curve? Trains it as far as asked for and prints both.
+"""Does `faithful` follow the published loss curve? Trains it up to an iteration and prints both.
 
-    python benchmarks/faithful_curve.py                                 # TinyStories from the hub, 1,000 iterations
-    python benchmarks/faithful_curve.py --source FOLDER --stop-at 500   # a local copy or a part of it
+    python benchmarks/faithful_curve.py                                 # TinyStories from the Hub, 1,000 iterations
+    python benchmarks/faithful_curve.py --source FOLDER --stop-at 500   # local stories
 
-The schedule is that of all 20,000 iterations, wherever the run stops. Run again, it continues.
+The learning rate schedule is always that of 20,000 iterations. An interrupted run resumes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from side_by_side import command_line
+from common import run_cli
 
 import storyllm
 
-# Training loss in nats per token of two published runs of the recipe, each the mean over 500 random batches:
-# extremecoder-rgb/StoryLLM and maverick0721/SLM-from-scratch. Both trained on all of TinyStories.
+# Training loss in nats per token of two published runs of the recipe on all of TinyStories, each the mean over 500
+# random batches: extremecoder-rgb/StoryLLM and maverick0721/SLM-from-scratch.
 PUBLISHED = {
     500: (9.4434, 9.4308),
     1000: (8.4843, 8.4780),
@@ -36,23 +36,31 @@ def main(
     data_dir: Path = Path("data"),
     checkpoint_dir: Path = Path("checkpoints/faithful"),
     stop_at: int = 1_000,
+    device: str = "auto",
 ) -> int:
-    """Prepares the data, trains `faithful` up to iteration `stop_at` and compares."""
-    recipe = storyllm.RECIPES["faithful"].override({"data.source": source, "train.stop_at": stop_at})
+    """Prepares the data, trains `faithful` up to iteration `stop_at`, and prints its losses next to the published."""
+    changes = {"data.source": source, "train.stop_at": stop_at, "train.device": device}
+    recipe = storyllm.get_recipe("faithful").override(changes)
     storyllm.prepare(recipe.data, data_dir)
     log = storyllm.train(recipe, data_dir, checkpoint_dir)
-    print(f"\n{log.run['device']}, torch {log.run['versions']['torch']}, {log.updates[-1]['seconds'] / 60:.0f} minutes")
+    print_comparison(log)
+    return 128 + log.interrupted if log.interrupted else 0
+
+
+def print_comparison(log: storyllm.Log) -> None:
+    """Prints the evaluations of a run at the iterations with published losses."""
+    minutes = log.updates[-1]["seconds"] / 60 if log.updates else 0
+    print(f"\n{log.run['device']}, torch {log.run['versions']['torch']}, {minutes:.0f} minutes")
     print(f"{'iteration':>9} {'published':>17} {'train loss':>11} {'val loss':>9} {'difference':>11}")
     for entry in log.evaluations:
         if entry["iteration"] in PUBLISHED:
-            published = PUBLISHED[entry["iteration"]]
-            difference = entry["train_loss"] - sum(published) / 2
+            first, second = PUBLISHED[entry["iteration"]]
+            difference = entry["train_loss"] - (first + second) / 2
             print(
-                f"{entry['iteration']:>9,} {published[0]:>8.4f} {published[1]:>8.4f} {entry['train_loss']:>11.4f} "
+                f"{entry['iteration']:>9,} {first:>8.4f} {second:>8.4f} {entry['train_loss']:>11.4f} "
                 f"{entry['val_loss']:>9.4f} {difference:>+11.4f}"
             )
-    return 130 if log.interrupted else 0
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_cli(main)

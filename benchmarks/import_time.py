@@ -1,4 +1,4 @@
-"""`import storyllm` against `import torch`, each in a process of its own, in turn.
+"""The time of `import storyllm` against `import torch`, each in a new process.
 
 python benchmarks/import_time.py
 """
@@ -8,18 +8,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from side_by_side import command_line, in_turn, machine, print_table
+from common import STORYLLM, describe_machine, median_seconds, print_table, run_cli
 
 
 def main(repeats: int = 7) -> None:
-    """Times both."""
-    print(f"{machine()}, medians of {repeats}")
+    """Times both imports, including the start of Python."""
+    print(f"{describe_machine()}, medians of {repeats}")
+    modules = {STORYLLM: "storyllm", "import torch": "torch"}
     functions = {
         name: lambda module=module: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
-        for name, module in (("ours", "storyllm"), ("import torch", "torch"))
+        for name, module in modules.items()
     }
-    print_table("import storyllm", "s", in_turn(functions, repeats))
+    print_table("import storyllm", "s", median_seconds(functions, repeats))
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_cli(main)

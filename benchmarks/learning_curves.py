@@ -1,27 +1,26 @@
-"""What does a token teach? Trains recipes on the same stories, and compares their losses on all validation stories.
+"""How much does a recipe learn from each token? Trains recipes on the same stories and compares their losses.
 
-    python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 2500000             # what README claims
+    python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 2500000             # as in docs/learning.md
     python benchmarks/learning_curves.py --source FOLDER --tokens 4400000 --seeds 3               # for a GPU
     python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 82000000 --seeds 3  # as long as faithful
 
-FOLDER holds stories with a validation split. A run's schedule is made for --tokens, but for `faithful`, which keeps
-its own and stops there. Runs are kept in --folder: what was cut off continues, and no run is made twice.
+A run is a recipe's name, or "adamw": `fast` with AdamW alone. The schedule of a run spans --tokens, except for
+`faithful`, which keeps its own and stops early. Runs are kept in --folder: an interrupted one resumes, and completed
+ones are not repeated. The stories need a validation split.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from side_by_side import command_line, machine
+from common import describe_machine, run_cli
 
 import storyllm
 
-# {name: (recipe, changes)}
-RUNS = {
-    "faithful": ("faithful", {}),
-    "fast": ("fast", {}),
-    "adamw": ("fast", {"train.optimizer": "adamw", "train.learning_rate": 1e-3}),  # the best for AdamW alone
-    "small-vocab": ("small-vocab", {}),
+# Runs that differ from a recipe: {name: (recipe, changes)}. The learning rate is the best one found for AdamW alone.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("fast", {"train.optimizer": "adamw", "train.learning_rate": 1e-3})
 }
 
 
@@ -35,33 +34,26 @@ def main(
     dtype: str = "auto",
     eval_windows: int = 256,
 ) -> int:
-    """Trains each run with each seed on `tokens` tokens; prints a table, and draws the figure `out`.
+    """Trains each run with each seed on `tokens` tokens and prints a row with its loss on all validation stories.
 
-    The curves are losses on `eval_windows` fixed windows, the table's on all validation stories.
+    `out` is a figure of the losses during training, which are measured on `eval_windows` fixed windows.
     """
-    print(machine())
+    print(describe_machine())
     print(f"{'run':<12} {'seed':>4} {'tokens':>12} {'parameters':>11} {'loss':>7} {'bits/byte':>9} {'minutes':>8}")
-    logs: dict[str, storyllm.Log] = {}
+    logs: dict[str, str | Path | storyllm.Log] = {}
     for name in runs:
-        base, changes = RUNS[name]
         for seed in range(seeds):
-            recipe = storyllm.get_recipe(base).override(
-                {**changes, "data.source": source, "train.seed": seed, "train.dtype": dtype}
-            )
-            per_iteration = recipe.train.batch_size * recipe.model.block_size
-            iterations = max(1, tokens // per_iteration)
-            limit = "train.stop_at" if base == "faithful" else "train.max_iters"
-            evaluations = {"train.eval_interval": max(1, iterations // 20), "train.eval_windows": eval_windows}
-            recipe = recipe.override({limit: iterations, **evaluations})
+            recipe = make_recipe(name, source, seed, tokens, dtype, eval_windows)
             data_dir = folder / f"data-{recipe.data.tokenizer.replace(':', '')}"
-            run = folder / f"{name}-{iterations * per_iteration}-{seed}"
+            trained_tokens = recipe.train.last_iteration * recipe.train.batch_size * recipe.model.block_size
+            run_dir = folder / f"{name}-{trained_tokens}-{seed}"
             storyllm.prepare(recipe.data, data_dir)
-            log = storyllm.train(recipe, data_dir, run)
+            log = storyllm.train(recipe, data_dir, run_dir)
             if log.interrupted:
                 return 128 + log.interrupted
-            report = storyllm.evaluate(storyllm.load(run / "last.pt"), data_dir / "validation.bin")
+            report = storyllm.evaluate(storyllm.load(run_dir / "last.pt"), data_dir / "validation.bin")
             print(
-                f"{name:<12} {seed:>4} {iterations * per_iteration:>12,} {log.run['parameters']:>11,} "
+                f"{name:<12} {seed:>4} {trained_tokens:>12,} {log.run['parameters']:>11,} "
                 f"{report.loss:>7.4f} {report.bits_per_byte:>9.4f} {log.updates[-1]['seconds'] / 60:>8.1f}",
                 flush=True,
             )
@@ -71,5 +63,22 @@ def main(
     return 0
 
 
+def make_recipe(run: str, source: str, seed: int, tokens: int, dtype: str, eval_windows: int) -> storyllm.Recipe:
+    """The recipe of a run, with the number of iterations that `tokens` gives and about 20 evaluations."""
+    name, changes = VARIANTS.get(run, (run, {}))
+    recipe = storyllm.get_recipe(name).override(changes)
+    iterations = max(1, tokens // (recipe.train.batch_size * recipe.model.block_size))
+    return recipe.override(
+        {
+            "data.source": source,
+            "train.seed": seed,
+            "train.dtype": dtype,
+            "train.stop_at" if name == "faithful" else "train.max_iters": iterations,
+            "train.eval_interval": max(1, iterations // 20),
+            "train.eval_windows": eval_windows,
+        }
+    )
+
+
 if __name__ == "__main__":
-    command_line(main)
+    run_cli(main)

@@ -1,10 +1,10 @@
-"""How much memory and disk the faithful recipe takes, each figure in a process of its own.
+"""Memory and disk space of the recipe `faithful`.
 
-    python benchmarks/memory.py            # on the best device here
+    python benchmarks/memory.py                         # on the device that training would use
     python benchmarks/memory.py --device cpu --repeats 3
 
-On a GPU the figure is the most that PyTorch had allocated on it; on a CPU it is the process's peak resident memory,
-PyTorch's own libraries included (the row "import" shows how much that is).
+Each figure comes from new processes. On a GPU it is PyTorch's peak allocated memory, on a CPU the peak resident memory
+of the process, including the libraries (the row "import").
 """
 
 from __future__ import annotations
@@ -12,74 +12,76 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from side_by_side import command_line, in_own_process, peak_memory, update
+from common import make_update, peak_memory_mb, run_cli, run_in_subprocess
 
 import storyllm
 from storyllm.checkpoint import model_contents, save_checkpoint
-from storyllm.device import choose_device, choose_machine
-from storyllm.optim import make_optimizer
-from storyllm.tokenizer import train_bpe
+from storyllm.data.tokenizer import train_bpe
+from storyllm.device import resolve_device, resolve_device_config
+from storyllm.training.optimizer import make_optimizer
 
 RECIPE = storyllm.RECIPES["faithful"]
 
 
-def step(device: str, gradient_checkpointing: bool) -> None:
-    """Two micro-batches of the size that "auto" takes here, and an update."""
+def train(device: str, gradient_checkpointing: bool = False) -> None:
+    """One update on two micro-batches of the size that "auto" selects."""
     changes = {"train.device": device, "train.compile": False, "model.gradient_checkpointing": gradient_checkpointing}
     recipe = RECIPE.override(changes)
-    windows = 2 * choose_machine(recipe.train, recipe.model).micro_batch_size
-    update(recipe, *torch.randint(recipe.model.vocab_size, (2, windows, recipe.model.block_size)))()
+    windows = 2 * resolve_device_config(recipe.train, recipe.model).micro_batch_size
+    make_update(recipe, *torch.randint(recipe.model.vocab_size, (2, windows, recipe.model.block_size)))()
 
 
-def tell(device: str) -> None:
-    """Two hundred tokens from a model of the recipe's shape, on random ids."""
-    model = storyllm.GPT(RECIPE.model).to(choose_device(device)).eval()
-    model.generate(torch.zeros(1, 1, dtype=torch.long, device=choose_device(device)), 200)
+def generate(device: str) -> None:
+    """Generates 200 tokens."""
+    model = storyllm.GPT(RECIPE.model).to(resolve_device(device)).eval()
+    model.generate(torch.zeros(1, 1, dtype=torch.long, device=resolve_device(device)), 200)
 
 
-TASKS = {
-    "import": lambda device: choose_device(device),
-    "tell": tell,
-    "train": lambda device: step(device, gradient_checkpointing=False),
-    "train, gradient_checkpointing": lambda device: step(device, gradient_checkpointing=True),
+TASKS: dict[str, Callable[[str], object]] = {
+    "import": resolve_device,
+    "generate": generate,
+    "train": train,
+    "train, gradient_checkpointing": lambda device: train(device, gradient_checkpointing=True),
 }
 
 
-def files() -> None:
-    """Sizes of what a run keeps on disk; the vocabulary in them is a stand-in of bytes, GPT-2's takes 0.5 MB."""
+def print_file_sizes() -> None:
+    """Prints the sizes of a run's checkpoints. GPT-2's vocabulary would add 0.5 MB to each."""
     model = storyllm.GPT(RECIPE.model)
     tokenizer = train_bpe([], 257)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "best_model_params.pt"
-        save_checkpoint(path, model_contents(model, tokenizer, RECIPE))
-        best = path.stat().st_size
+        path = Path(folder) / "checkpoint.pt"
+        contents = model_contents(model, tokenizer, RECIPE)
+        save_checkpoint(path, contents)
+        print(f"best_model_params.pt {path.stat().st_size / 1e6:>18,.0f} MB")
         optimizer = make_optimizer(model, RECIPE.train)
         model.loss(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2, dtype=torch.long)).backward()
         optimizer.step()
-        contents = {**model_contents(model, tokenizer, RECIPE), "optimizer": optimizer.state_dict()}
-        save_checkpoint(path, contents)
-        print(f"best_model_params.pt {best / 1e6:>8,.0f} MB\nlast.pt {path.stat().st_size / 1e6:>21,.0f} MB")
+        save_checkpoint(path, {**contents, "optimizer": optimizer.state_dict()})
+        print(f"last.pt {path.stat().st_size / 1e6:>31,.0f} MB")
 
 
-def main(device: str = "auto", repeats: int = 3, task: str | None = None) -> None:
-    """Prints the median of `repeats` processes for each task (or does one `task` and prints its figure in MB)."""
-    if task is not None:
-        TASKS[task](device)
-        if choose_device(device).type == "cuda":
-            print(torch.cuda.max_memory_allocated() / 1e6)
-        else:
-            print(peak_memory())
+def main(device: str = "auto", repeats: int = 3, memory_of: str | None = None) -> None:
+    """Prints the median peak memory of each task over `repeats` processes.
+
+    `memory_of` is for these processes: it runs that task and prints its peak memory.
+    """
+    if memory_of is not None:
+        TASKS[memory_of](device)
+        on_gpu = resolve_device(device).type == "cuda"
+        print(torch.cuda.max_memory_allocated() / 1e6 if on_gpu else peak_memory_mb())
         return
-    machine = choose_machine(dataclasses.replace(RECIPE.train, device=device), RECIPE.model)
-    print(f"{machine.why}, torch {torch.__version__}, medians of {repeats}")
+    config = resolve_device_config(dataclasses.replace(RECIPE.train, device=device), RECIPE.model)
+    print(f"{config.description}, torch {torch.__version__}, medians of {repeats}")
     for name in TASKS:
-        figures = [in_own_process(__file__, "--device", device, "--task", name)[0] for _ in range(repeats)]
-        print(f"{name:<30} {statistics.median(figures):>8,.0f} MB")
-    files()
+        peaks = [run_in_subprocess(__file__, "--device", device, "--memory-of", name)[0] for _ in range(repeats)]
+        print(f"{name:<30} {statistics.median(peaks):>8,.0f} MB")
+    print_file_sizes()
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_cli(main)

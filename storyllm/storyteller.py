@@ -13,7 +13,7 @@ import torch
 
 from .checkpoint import load_checkpoint, restore_model
 from .config import StoryLLMError
-from .data.tokenizer import check_whitespace
+from .data.stories import check_whitespace
 from .device import resolve_device
 from .model.decoding import decode
 from .model.gpt import GPT

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import tiktoken
 
 from storyllm import GPTConfig, Recipe, TrainConfig, read_log
 from storyllm.checkpoint import load_checkpoint
@@ -58,6 +64,38 @@ def random_story(rng: random.Random) -> str:
 def random_stories(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     return [random_story(rng) for _ in range(count)]
+
+
+def txt_bytes(stories: list[str], newline: str = "\n") -> bytes:
+    """A .txt of these stories."""
+    return "".join(f"{story}{newline}<|endoftext|>{newline}" for story in stories).encode()
+
+
+def jsonl_bytes(stories: list[str], column: str = "text") -> bytes:
+    """A .jsonl of these stories, with non-ASCII characters escaped in every other line."""
+    lines = (json.dumps({"id": i, column: story}, ensure_ascii=i % 2 == 0) for i, story in enumerate(stories))
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def parquet_bytes(stories: Any, column: str = "text", **options: Any) -> bytes:
+    """A .parquet of these stories. The options are those of `pyarrow.parquet.write_table`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = io.BytesIO()
+    pq.write_table(pa.table({"id": range(len(stories)), column: stories}), file, **options)
+    return file.getvalue()
+
+
+STORY_FORMATS: dict[str, Callable[..., bytes]] = {".txt": txt_bytes, ".jsonl": jsonl_bytes, ".parquet": parquet_bytes}
+
+
+def stories_in(path: Path, tokenizer: tiktoken.Encoding) -> list[str]:
+    """The text of each story in a .bin, decoded without the package's reader."""
+    ids = np.frombuffer(path.read_bytes(), "<u2")
+    assert ids[-1] == tokenizer.eot_token, "the last story does not end with the end-of-text token"
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.eot_token) + 1)[:-1]
+    return [tokenizer.decode_bytes(part[:-1].tolist()).decode() for part in parts]
 
 
 def weights(folder: Path, name: str = "last.pt") -> dict[str, Any]:
@@ -114,6 +152,19 @@ def run(*arguments: object, timeout: float = 100, **options: Any) -> subprocess.
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def run_in_subprocess(function: Callable[..., None], *arguments: object, cwd: Path, timeout: float) -> str:
+    """What a function of a test module prints in a subprocess. Fails if it raises, crashes or exceeds the timeout."""
+    module = Path(function.__code__.co_filename)
+    code = (
+        f"import importlib, sys; sys.path.insert(0, {str(module.parent)!r}); "
+        f"importlib.import_module({module.stem!r}).{function.__name__}(*{arguments!r})"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=cwd, env=environment(), timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-1_000:]} {done.stderr[-3_000:]}"
+    return done.stdout
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *key_words: str) -> None:

@@ -37,7 +37,7 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
         raise StoryLLMError(f"data is a {type(data).__name__}, must be a DataConfig; pass recipe.data")
     out_dir = Path(out_dir)
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name != "source"}
-    # The fingerprint stands for the source, so that a local file may move.
+    # The fingerprint replaces the source's name: a local file that was moved is not prepared again.
     request = {**settings, "fingerprint": source_fingerprint(data)}
     with lock_folder(out_dir):
         return _prepare(data, out_dir, overwrite, request)
@@ -53,7 +53,7 @@ def _prepare(data: DataConfig, out_dir: Path, overwrite: bool, request: dict[str
     infos = {}
     for split, path in reversed(paths.items()):  # validation first: it is short, and fails early if it has no stories
         info = completed[split]
-        if info is None or info.tokenizer_hash != vocabulary_hash:  # they differ if the vocabulary was lost
+        if info is None or info.tokenizer_hash != vocabulary_hash:  # the vocabulary was lost and trained again
             info = _write_split(data, split, tokenizer, path, request)
         infos[split] = info
     return PreparedData(**infos)

@@ -62,7 +62,7 @@ def source_fingerprint(data: DataConfig) -> str:
 def check_whitespace(text: str, name: str) -> None:
     """Raises StoryLLMError if `text` has more consecutive whitespace than tiktoken can encode.
 
-    `name` is what the message calls the text.
+    The message refers to the text as `name`.
     """
     if len(text) <= MAX_WHITESPACE:
         return

@@ -2,7 +2,7 @@
 
 Each story comes from a template. `[a/b]` in it is a random choice, possibly of an empty string (`[a/]`), and
 `{hero.his}` is a placeholder. The values of the placeholders come from the template's tables, one random row of each.
-The cells of a row fit together: a problem, who helps with it, how it ends. A choice in a table is made once per story,
+The cells of a row fit together: a problem, who helps with it, how it ends. A choice in a table is drawn once per story,
 which keeps the story consistent; a choice in a template only varies the wording. All text was written for this project.
 """
 

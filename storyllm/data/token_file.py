@@ -163,7 +163,7 @@ def verify(data_dir: str | Path) -> PreparedData:
 
 def _check_contents(tokens: TokenFile, tokenizer: tiktoken.Encoding) -> None:
     lengths = [len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.eot_token)]
-    bytes_per_token = np.array([*lengths, 0])  # the end-of-text token stands for no text
+    bytes_per_token = np.array([*lengths, 0])  # the end-of-text token is not part of the text
     found = {
         "sha256": sha256(tokens.path),
         "stories": sum(int((chunk == tokenizer.eot_token).sum()) for chunk in _chunks(tokens.ids)),
