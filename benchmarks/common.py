@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,7 +34,7 @@ def run_cli(main: Callable[..., int | None]) -> NoReturn:
         sys.exit(2)
 
 
-def median_seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def median_seconds(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """The median wall-clock seconds of each function.
 
     All functions run once per round, so that a machine's varying speed affects them alike. A first round is a warmup.
@@ -57,19 +57,20 @@ def _synchronize() -> None:
 
 
 def print_table(title: str, unit: str, values: dict[str, float]) -> None:
-    """Prints a row per value, and how StoryLLM compares with it: a multiple of its speed, or a fraction of its memory.
+    """Prints a row per value, and how StoryLLM compares: a multiple of that speed, or a percentage of that memory.
 
     A unit of "s", "ms" or "us" means times, "MB" means memory, and anything else a rate.
     """
     print(f"\n{title}")
     for name, value in values.items():
-        row = f"  {name:<44} {value:>12,.4g} {unit}"
+        number = f"{value:,.0f}" if value >= 1_000 else f"{value:.4g}"
+        row = f"  {name:<44} {number:>10} {unit}"
         if name != STORYLLM:
-            ratio = value / values[STORYLLM]
+            ratio = values[STORYLLM] / value
             if unit == "MB":
-                row += f"  ({STORYLLM}: 1/{ratio:.2g} of the memory)"
+                row += f"  ({STORYLLM}: {ratio:.0%} of the memory)"
             else:
-                row += f"  ({STORYLLM}: {ratio if unit in ('s', 'ms', 'us') else 1 / ratio:.2f}x)"
+                row += f"  ({STORYLLM}: {1 / ratio if unit in ('s', 'ms', 'us') else ratio:.2f}x)"
         print(row)
     sys.stdout.flush()
 

@@ -36,10 +36,13 @@ def main(
     data_dir: Path = Path("data"),
     checkpoint_dir: Path = Path("checkpoints/faithful"),
     stop_at: int = 1_000,
-    device: str = "auto",
+    eval_windows: int = 1_024,
 ) -> int:
-    """Prepares the data, trains `faithful` up to iteration `stop_at`, and prints its losses next to the published."""
-    changes = {"data.source": source, "train.stop_at": stop_at, "train.device": device}
+    """Prepares the data, trains `faithful` up to iteration `stop_at`, and prints its losses next to the published.
+
+    The losses are measured on `eval_windows` windows per split.
+    """
+    changes = {"data.source": source, "train.stop_at": stop_at, "train.eval_windows": eval_windows}
     recipe = storyllm.get_recipe("faithful").override(changes)
     storyllm.prepare(recipe.data, data_dir)
     log = storyllm.train(recipe, data_dir, checkpoint_dir)

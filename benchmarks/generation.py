@@ -10,6 +10,8 @@ the context, where every new token has the last `block_size` tokens read again, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import plain_loop
 import torch
@@ -43,15 +45,15 @@ def main(
     for count in stories:
         idx = torch.randint(config.vocab_size, (count, PROMPT_TOKENS), device=device)
         functions: dict[str, Callable[[], object]] = {
-            STORYLLM: lambda idx=idx: model.generate(idx, new_tokens),
-            "transformers": lambda idx=idx: generate_with_transformers(idx, new_tokens),
-            "plain loop": lambda idx=idx: plain_model.generate(idx, new_tokens),
+            STORYLLM: partial(model.generate, idx, new_tokens),
+            "transformers": partial(generate_with_transformers, idx, new_tokens),
+            "plain loop": partial(plain_model.generate, idx, new_tokens),
         }
         print_rates(f"batch of {count}", functions, repeats, count * new_tokens)
         full = torch.randint(config.vocab_size, (count, config.block_size), device=device)
         functions = {
-            STORYLLM: lambda full=full: model.generate(full, tokens_beyond),
-            "plain loop": lambda full=full: plain_model.generate(full, tokens_beyond),
+            STORYLLM: partial(model.generate, full, tokens_beyond),
+            "plain loop": partial(plain_model.generate, full, tokens_beyond),
         }
         print_rates(f"batch of {count}, beyond the context", functions, repeats, count * tokens_beyond)
 
@@ -65,8 +67,11 @@ def make_transformers_generate(config: storyllm.GPTConfig, device: str) -> Calla
         n_layer=config.n_layer,
         n_head=config.n_head,
         activation_function="gelu",
+        bos_token_id=config.vocab_size - 1,
+        eos_token_id=config.vocab_size - 1,
     )
-    model = transformers.GPT2LMHeadModel(gpt2_config).to(device).eval()
+    model: Any = transformers.GPT2LMHeadModel(gpt2_config).eval()
+    model.to(device)
 
     def generate(idx: Tensor, new_tokens: int) -> Tensor:
         return model.generate(

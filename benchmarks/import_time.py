@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 from common import STORYLLM, describe_machine, median_seconds, print_table, run_cli
 
@@ -16,7 +17,7 @@ def main(repeats: int = 7) -> None:
     print(f"{describe_machine()}, medians of {repeats}")
     modules = {STORYLLM: "storyllm", "import torch": "torch"}
     functions = {
-        name: lambda module=module: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+        name: partial(subprocess.run, [sys.executable, "-c", f"import {module}"], check=True)
         for name, module in modules.items()
     }
     print_table("import storyllm", "s", median_seconds(functions, repeats))

@@ -1,6 +1,6 @@
 """How much does a recipe learn from each token? Trains recipes on the same stories and compares their losses.
 
-    python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 2500000             # as in docs/learning.md
+    python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 2500000
     python benchmarks/learning_curves.py --source FOLDER --tokens 4400000 --seeds 3               # for a GPU
     python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 82000000 --seeds 3  # as long as faithful
 

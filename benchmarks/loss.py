@@ -8,6 +8,7 @@ Compares values, time and peak memory. PyTorch 2.13 and later add a third row, i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ def main(
         results = loss_and_gradients(loss_fn, *inputs)
         errors = [((a - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=True)]
         print(f"  {name}: relative error of loss and gradients {', '.join(f'{error:.0e}' for error in errors)}")
-    functions = {name: lambda loss_fn=loss_fn: loss_and_gradients(loss_fn, *inputs) for name, loss_fn in LOSSES.items()}
+    functions = {name: partial(loss_and_gradients, loss_fn, *inputs) for name, loss_fn in LOSSES.items()}
     print_table("loss and gradients", "s", median_seconds(functions, repeats))
     if memory:
         if device == "cuda":

@@ -7,9 +7,11 @@ The shapes are those of `faithful`: the first layer of the MLP, and the head. A 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from common import STORYLLM, describe_machine, median_seconds, print_table, run_cli
-from torch import nn
+from torch import Tensor, nn
 
 from storyllm import RECIPES
 from storyllm.model.linear import Linear
@@ -26,18 +28,20 @@ def main(rows: tuple[int, ...] = (1, 32, 128, 1_024), repeats: int = 15) -> None
             x = torch.randn(n_rows, n_in)
             flops = 2 * n_rows * n_in * n_out
             with torch.no_grad():
-                seconds = median_seconds(
-                    {key: lambda layer=layer, x=x: layer(x) for key, layer in layers.items()}, repeats
-                )
+                seconds = median_seconds({key: partial(layer, x) for key, layer in layers.items()}, repeats)
             gflops = {key: flops / value / 1e9 for key, value in seconds.items()}
             print_table(f"{name}, {n_rows:,} rows", "GFLOP/s", gflops)
         x = torch.randn(max(rows), n_in, requires_grad=True)
         grad = torch.randn(max(rows), n_out)
-        seconds = median_seconds(
-            {key: lambda layer=layer, x=x, grad=grad: layer(x).backward(grad) for key, layer in layers.items()}, repeats
-        )
+        functions = {key: partial(forward_backward, layer, x, grad) for key, layer in layers.items()}
+        seconds = median_seconds(functions, repeats)
         gflops = {key: 6 * max(rows) * n_in * n_out / value / 1e9 for key, value in seconds.items()}
         print_table(f"{name}, {max(rows):,} rows, forward and backward", "GFLOP/s", gflops)
+
+
+def forward_backward(layer: nn.Linear, x: Tensor, grad: Tensor) -> None:
+    """The output for `x`, and the gradients for the output gradient `grad`."""
+    layer(x).backward(grad)
 
 
 if __name__ == "__main__":

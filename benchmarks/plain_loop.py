@@ -1,9 +1,8 @@
-"""The peer of the other benchmarks: how a small GPT is usually trained in a notebook, written plainly.
+"""The baseline of the benchmarks: how a small GPT is usually trained in a notebook.
 
-Stories are tokenized one by one by `datasets.map` and copied shard by shard into a memory map. For each batch that map
-is opened and its windows are stacked one by one. Every batch has its own forward and backward pass, with all its logits
-and a look at its loss. An evaluation takes 500 random batches of each split. A story is told by feeding the whole
-context again for each token.
+`datasets.map` tokenizes story by story, and shards are copied into a memory map. Each batch opens the memory map again
+and stacks its windows one by one, computes all logits, and reads the loss. An evaluation uses 500 random batches per
+split. Generation reads the complete context for each new token.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,9 +28,9 @@ EVAL_BATCHES = 500
 
 
 def prepare(stories: datasets.Dataset, tokenizer: tiktoken.Encoding, path: Path, num_proc: int) -> None:
-    """The stories of the column "text", each with an end-of-text token, as 16-bit ids in `path`."""
+    """Writes the column "text", with an end-of-text token after each story, as 16-bit ids to `path`."""
 
-    def tokenize(row: dict) -> dict:
+    def tokenize(row: dict[str, str]) -> dict[str, Any]:
         ids = [*tokenizer.encode_ordinary(row["text"]), tokenizer.eot_token]
         return {"ids": ids, "len": len(ids)}
 
@@ -46,7 +46,7 @@ def prepare(stories: datasets.Dataset, tokenizer: tiktoken.Encoding, path: Path,
 
 
 def get_batch(path: Path, batch_size: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """`batch_size` random windows of the ids in `path`, as (batch_size, block_size) inputs and targets."""
+    """Random windows of the ids in `path`: (batch_size, block_size) inputs and targets."""
     data = np.memmap(path, dtype=np.uint16, mode="r")
     starts = torch.randint(len(data) - block_size, (batch_size,))
     x = torch.stack([torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in starts])
@@ -54,7 +54,9 @@ def get_batch(path: Path, batch_size: int, block_size: int) -> tuple[Tensor, Ten
     return x, y
 
 
-class Attention(nn.Module):
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
@@ -70,7 +72,9 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-class Feedforward(nn.Module):
+class MLP(nn.Module):
+    """Two linear layers with GELU."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -81,13 +85,15 @@ class Feedforward(nn.Module):
         return F.dropout(self.c_proj(F.gelu(self.c_fc(x))), self.dropout, self.training)
 
 
-class Layer(nn.Module):
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = Attention(config)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = Feedforward(config)
+        self.mlp = MLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
@@ -95,22 +101,21 @@ class Layer(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """GPT-2 as everybody writes it. Its state dict has the names of `storyllm.GPT`'s."""
+    """GPT-2 with the usual PyTorch modules. Its state dict has the names of `storyllm.GPT`'s."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        layers = [Layer(config) for _ in range(config.n_layer)]
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(layers),
+                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer["wte"].weight
+        self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
@@ -119,11 +124,12 @@ class PlainGPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, T) ids to (B, T, V) logits and the loss, or without targets to the last (B, 1, V) logits and None."""
         positions = torch.arange(idx.size(1), device=idx.device)
         x = self.transformer["wte"](idx) + self.transformer["wpe"](positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        for layer in self.transformer["h"]:
-            x = layer(x)
+        for block in self.transformer["h"].children():
+            x = block(x)
         x = self.transformer["ln_f"](x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
@@ -132,6 +138,7 @@ class PlainGPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
+        """(B, T) prompts to (B, T + max_new_tokens) ids, without a cache."""
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
             probs = F.softmax(logits[:, -1] / temperature, dim=-1)
@@ -141,16 +148,17 @@ class PlainGPT(nn.Module):
 
 def train(
     model: PlainGPT,
-    batch_of: Callable[[int], tuple[Tensor, Tensor]],
+    get_train_batch: Callable[[int], tuple[Tensor, Tensor]],
     config: TrainConfig,
     device: str,
     dtype: torch.dtype = torch.float32,
-    eval_batch_of: Callable[[str], tuple[Tensor, Tensor]] | None = None,
+    get_eval_batch: Callable[[str], tuple[Tensor, Tensor]] | None = None,
     eval_batches: int = EVAL_BATCHES,
 ) -> Iterator[float]:
-    """Trains on the batches 0, 1, 2, ... for `config.stop_at` iterations; yields the loss of each.
+    """Trains up to `config.last_iteration` and yields the loss of each iteration, in nats per token.
 
-    With `eval_batch_of`, which gives a random batch of a split, it evaluates every `config.eval_interval` iterations.
+    `get_train_batch` returns the batch of an iteration. With `get_eval_batch`, which returns a random batch of a split,
+    there is an evaluation every `config.eval_interval` iterations.
     """
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
@@ -159,17 +167,17 @@ def train(
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
     model.train()
-    for i in range(config.stop_at or config.max_iters):
-        if eval_batch_of is not None and i % config.eval_interval == 0:
+    for i in range(config.last_iteration):
+        if get_eval_batch is not None and i % config.eval_interval == 0:
             with torch.no_grad(), autocast:
                 model.eval()
                 for split in ("train", "validation"):
                     losses = torch.zeros(eval_batches)
                     for k in range(eval_batches):
-                        x, y = eval_batch_of(split)
+                        x, y = get_eval_batch(split)
                         losses[k] = model(x.to(device), y.to(device))[1].item()
                 model.train()
-        x, y = batch_of(i)
+        x, y = get_train_batch(i)
         with autocast:
             _, loss = model(x.to(device), y.to(device))
         scaler.scale(loss / config.gradient_accumulation_steps).backward()

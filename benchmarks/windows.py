@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,13 @@ def main(
 
         for count in (BATCH_SIZE, 1_024):
             functions: dict[str, Callable[[], object]] = {
-                STORYLLM: lambda n=count: draw(n),
-                "plain loop": lambda n=count: draw_plainly(n),
+                STORYLLM: partial(draw, count),
+                "plain loop": partial(draw_plainly, count),
             }
             seconds = median_seconds(functions, repeats)
             microseconds = {name: 1e6 * value for name, value in seconds.items()}
             print_table(f"{count:,} windows of {BLOCK_SIZE + 1} ids out of {len(ids):,}", "us", microseconds)
-        print_memory(lambda: draw(BATCH_SIZE), batches, path.stat().st_size)
+        print_memory(partial(draw, BATCH_SIZE), batches, path.stat().st_size)
 
 
 def print_memory(draw: Callable[[], object], batches: int, file_size: int) -> None:
@@ -64,7 +65,9 @@ def print_memory(draw: Callable[[], object], batches: int, file_size: int) -> No
     for _ in range(batches):
         draw()
     after = resident_memory_mb()
-    print(f"\nresident memory over {batches:,} batches of {BATCH_SIZE} windows from a file of {file_size / 1e6:,.0f} MB")
+    print(
+        f"\nresident memory over {batches:,} batches of {BATCH_SIZE} windows from a file of {file_size / 1e6:,.0f} MB"
+    )
     for kind, name in (("RssAnon", "anonymous"), ("RssFile", "mapped files")):
         print(f"  {name:<14} {before[kind]:>8,.0f} -> {after[kind]:>8,.0f} MB")
 

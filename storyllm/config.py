@@ -131,7 +131,7 @@ class DataConfig:
             size = self.tokenizer.removeprefix("bpe:")
             if size == self.tokenizer or not re.fullmatch("[0-9]{3,5}", size) or not 257 <= int(size) <= 65536:
                 raise StoryLLMError(
-                    f"tokenizer is {self.tokenizer!r}, must be 'gpt2' or 'bpe:N' with N from 257 to 65536"
+                    f"tokenizer is {reprlib.repr(self.tokenizer)}, must be 'gpt2' or 'bpe:N' with N from 257 to 65536"
                 )
 
 
@@ -185,9 +185,9 @@ class TrainConfig:
         _check_range(
             self,
             1,
-            *("max_iters", "stop_at", "batch_size", "gradient_accumulation_steps", "micro_batch_size"),
-            *("eval_interval", "eval_windows"),
+            *("max_iters", "stop_at", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_windows"),
         )
+        _check_range(self, 1, "micro_batch_size", high=2**63 - 1)  # the largest size of a PyTorch split
         _check_range(self, 0, "learning_rate", "muon_lr_scale", exclusive=True)
         _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes")
         _check_range(self, 0, "keep_checkpoints", high=1_000)

@@ -1,8 +1,10 @@
-"""Runs a notebook top to bottom and shows what it prints as it prints it, like a terminal would.
+"""Runs a notebook from top to bottom and prints the text output of its cells as it appears.
 
-    python tests/run_notebook.py StoryLLM.ipynb run              # run/StoryLLM.ipynb and run/StoryLLM.html
+    python tests/run_notebook.py StoryLLM.ipynb run                     # writes run/StoryLLM.ipynb and run/StoryLLM.html
+    python tests/run_notebook.py StoryLLM.ipynb run recipe_name=demo
 
-Parameters, as in `recipe=demo`, are set in a cell put in after the one tagged "parameters", as papermill does.
+Parameters are set in a new cell after the one tagged "parameters", as papermill does. On the command line, they are
+strings.
 """
 
 from __future__ import annotations
@@ -18,33 +20,32 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 
-class Watched(NotebookClient):
-    """A client that also prints the text output of the cells."""
+class PrintingClient(NotebookClient):
+    """A notebook client that also prints the text output of the cells."""
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         if msg["msg_type"] == "stream":
-            sys.stdout.write(msg["content"]["text"])
-            sys.stdout.flush()
+            print(msg["content"]["text"], end="", flush=True)
         return super().process_message(msg, cell, cell_index)
 
 
-def run_notebook(source: Path, folder: Path, parameters: Mapping[str, Any], cwd: Path | None = None) -> Path:
-    """Executes `source`, in its own folder or in `cwd`, into `folder`; returns the executed notebook's path.
+def run_notebook(source: Path, out_dir: Path, parameters: Mapping[str, Any], cwd: Path | None = None) -> Path:
+    """Executes `source` in its own folder, or in `cwd`, and returns the path of the executed notebook in `out_dir`.
 
-    Raises CellExecutionError where a cell fails; the notebook is written up to there all the same.
+    Raises CellExecutionError if a cell fails. The notebook up to that cell is written anyway.
     """
     notebook = nbformat.read(source, as_version=4)
     if parameters:
         tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
         lines = [f"{name} = {value!r}" for name, value in parameters.items()]
         notebook.cells.insert(tagged[0] + 1, nbformat.v4.new_code_cell("\n".join(lines)))
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / source.name
-    client = Watched(
+    out_dir.mkdir(parents=True, exist_ok=True)
+    target = out_dir / source.name
+    client = PrintingClient(
         notebook,
         timeout=None,
         kernel_name="python3",
-        coalesce_streams=True,  # a progress bar leaves its last state, not all of them
+        coalesce_streams=True,  # keeps only the last state of a progress bar
         resources={"metadata": {"path": str(cwd or source.resolve().parent)}},
     )
     try:
@@ -55,10 +56,10 @@ def run_notebook(source: Path, folder: Path, parameters: Mapping[str, Any], cwd:
 
 
 def main() -> int:
-    source, folder, *settings = sys.argv[1:]
+    source, out_dir, *settings = sys.argv[1:]
     started = time.monotonic()
     try:
-        target = run_notebook(Path(source), Path(folder), dict(setting.split("=", 1) for setting in settings))
+        target = run_notebook(Path(source), Path(out_dir), dict(setting.split("=", 1) for setting in settings))
     except CellExecutionError as error:
         print(f"{source} failed: {error.ename}: {error.evalue}", file=sys.stderr)
         return 1

@@ -1,6 +1,8 @@
-"""The benchmarks run, and what they compare is the same thing: fast and plain training come to the same losses."""
+"""The benchmarks run, and their baseline does the same work as StoryLLM."""
 
+import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,103 +11,144 @@ import numpy as np
 import pytest
 import torch
 
-from storyllm import GPT, GPTConfig, Recipe, TrainConfig, evaluate, load, open_tokens, read_log, train
-from storyllm.tokens import random_windows
-from storyllm.training import TRAINING
+from storyllm import GPT, GPTConfig, Recipe, TrainConfig, evaluate, load, read_log, read_stories, train
+from storyllm.data.token_file import open_dataset
+from storyllm.data.windows import training_batch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {path.name for path in BENCHMARKS.glob("*.py")}
+MODULES = {"common.py", "plain_loop.py"}  # not scripts
 
-# Each script with its smallest options. {data} is a prepared folder.
-SMALL = {
-    "tokenizing.py": "--source {data}/../stories.txt --tokenizer bpe:300 --repeats 1 --copies 2",
+TINY_SETTINGS = (
+    "model.n_layer=1 model.n_embd=12 model.block_size=8 train.batch_size=2 train.gradient_accumulation_steps=1 "
+    "train.device=cpu"
+)
+# Each script with its smallest options. {data} is a prepared folder, {stories} the file it was prepared from.
+SMALLEST = {
+    "tokenization.py": "--source {stories} --tokenizer bpe:300 --repeats 1 --copies 2",
     "windows.py": "--tokens 100000 --repeats 1 --batches 10",
-    "products.py": "--rows 2 --repeats 1",
+    "matmul.py": "--rows 2 --repeats 1",
     "loss.py": "--tokens 32 --repeats 1",
     "training_step.py": "--recipe demo --repeats 1",
-    "telling.py": "--recipe demo --stories 1 --repeats 1 --beyond 1",
+    "generation.py": "--recipe demo --stories 1 --repeats 1 --tokens-beyond 1",
     "import_time.py": "--repeats 1",
+    "memory.py": "--device cpu --repeats 1",
     "gpu.py": "--data-dir {data} --device cpu --small",
+    "sweep.py": f"--data-dir {{data}} --tokens 160 --base '{TINY_SETTINGS}' --rows train.learning_rate=1e-3",
+    "learning_curves.py": "--source {stories} --runs demo --tokens 1024 --eval-windows 2",
+    "faithful_curve.py": "--source {stories} --stop-at 1 --eval-windows 2",
 }
-SLOW_OR_SHARED = {"memory.py", "faithful_curve.py", "plain_loop.py", "side_by_side.py"}
-HELD_BELOW = {"learning_curves.py", "sweep.py"}
+# The scripts that also run in the normal suite, without the measurements that start processes. gpu.py runs loss.py and
+# generation.py.
+IN_PROCESS = {"windows.py": "", "matmul.py": "", "training_step.py": " --no-memory", "gpu.py": ""}
+TABLE_ROW = re.compile(
+    r"^  StoryLLM +[\d.,e+-]+ \S+$\n^  .* +[\d.,e+-]+ \S+  \(StoryLLM: [\d.]+(x|% of the memory)\)$", re.M
+)
 
 
-def test_every_benchmark_is_run_here_or_known_not_to_be():
-    assert set(SMALL) | SLOW_OR_SHARED | HELD_BELOW == SCRIPTS
+@pytest.fixture
+def run_benchmark(tiny_data, tmp_path, monkeypatch, capsys):
+    """Runs a script in this process, in an empty folder, and returns its exit code, output and errors."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, options):
+        module = importlib.import_module(script.removesuffix(".py"))
+        arguments = shlex.split(options.format(data=tiny_data, stories=tiny_data.parent / "stories.txt"))
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as exited:
+            importlib.import_module("common").run_cli(module.main)
+        captured = capsys.readouterr()
+        return exited.value.code or 0, captured.out, captured.err
+
+    return run
 
 
-def test_every_benchmark_is_explained_and_make_bench_runs_those_for_a_cpu():
+def test_every_script_has_its_smallest_options_here():
+    assert set(SMALLEST) == SCRIPTS - MODULES
+
+
+def test_the_readme_lists_every_script_and_make_bench_runs_those_for_a_cpu():
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+\.py)` \|", readme, re.M)) == SCRIPTS - {"plain_loop.py", "side_by_side.py"}
+    assert set(re.findall(r"^\| `(\w+\.py)` \|", readme, re.M)) == SCRIPTS - MODULES
     makefile = (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
-    assert set(re.findall(r"benchmarks/(\w+\.py)", makefile)) == (set(SMALL) | {"memory.py"}) - {"gpu.py"}
+    not_in_make_bench = {"gpu.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
+    assert set(re.findall(r"benchmarks/(\w+\.py)", makefile)) == set(SMALLEST) - not_in_make_bench
 
 
-@pytest.mark.parametrize("script", SMALL)
-def test_a_benchmark_runs_at_its_smallest(script, tiny_data, tmp_path):
-    options = SMALL[script].format(data=tiny_data).split()
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / script), *options], capture_output=True, text=True, cwd=tmp_path, timeout=300
-    )
+@pytest.mark.parametrize("script", IN_PROCESS)
+def test_a_benchmark_prints_a_table(run_benchmark, script):
+    code, out, _ = run_benchmark(script, SMALLEST[script] + IN_PROCESS[script])
+    assert code == 0
+    assert TABLE_ROW.search(out), out
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("script", SMALLEST)
+def test_a_benchmark_runs_from_the_command_line(script, tiny_data, tmp_path, request):
+    if script == "faithful_curve.py":
+        request.getfixturevalue("gpt2_cache")
+    options = SMALLEST[script].format(data=tiny_data, stories=tiny_data.parent / "stories.txt")
+    command = [sys.executable, str(BENCHMARKS / script), *shlex.split(options)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2_000:]
-    assert re.search(r"  ours +[\d.,e+]+ \S+\n  .* ours: [\d.]+x", done.stdout), done.stdout
-    if script == "tokenizing.py":
-        assert "the same bytes: True" in done.stdout
+    if script not in {"memory.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}:
+        assert TABLE_ROW.search(done.stdout), done.stdout
+    if script == "tokenization.py":
+        assert "identical output: True" in done.stdout
 
 
-def test_a_sweep_has_a_row_for_each_of_its_settings_and_makes_none_twice(tiny_data, tmp_path):
-    base = "model.n_layer=1 model.n_embd=12 model.block_size=8 train.batch_size=2 train.gradient_accumulation_steps=1"
-    options = ["--data-dir", tiny_data, "--tokens", "160", "--base", f"{base} train.device=cpu", "--seeds", "2"]
-    options += ["--rows", "train.optimizer=muon train.schedule=flat", "train.learning_rate=1e-3"]
-    options += ["train.windows=shuffled try=from_story_starts", "try=zero_projections"]
-    command = [sys.executable, str(BENCHMARKS / "sweep.py"), *map(str, options)]
+def test_invalid_input_is_one_line_and_exit_code_2(run_benchmark):
+    code, _, error = run_benchmark("training_step.py", "--recipe nix")
+    assert code == 2
+    assert "nix" in error and error.count("\n") == 1
+
+
+def test_a_sweep_prints_a_row_per_setting_and_seed_and_repeats_no_run(run_benchmark, tmp_path):
+    rows = (
+        "'train.optimizer=muon train.schedule=wsd' 'train.windows=shuffled try=from_story_starts' try=zero_projections"
+    )
+    options = f"--data-dir {{data}} --tokens 160 --base '{TINY_SETTINGS}' --seeds 2 --rows {rows}"
     tables = []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stderr[-2_000:]
-        tables.append(re.findall(r"^ +(\d\.\d{4}) +(\d\.\d{4}) .*seed (\d)$", done.stdout, re.M))
-    assert len(tables[0]) == len(set(tables[0])) == 8
+        code, out, _ = run_benchmark("sweep.py", options)
+        assert code == 0
+        tables.append(re.findall(r"^ +(\d\.\d{4}) +(\d\.\d{4}) .*seed (\d)$", out, re.M))
+    assert len(set(tables[0])) == 6
     assert tables[1] == tables[0]
     runs = list((tmp_path / "checkpoints" / "sweep").iterdir())
-    assert len(runs) == 8
-    assert all(read_log(run / "log.jsonl").updates[-1]["iteration"] == 10 for run in runs)
+    assert len(runs) == 6
+    for run in runs:
+        assert [update["iteration"] for update in read_log(run / "log.jsonl").updates] == list(range(1, 11))
 
 
-def test_runs_are_compared_on_all_validation_stories(tiny_data, tmp_path):
-    options = [
-        "--source",
-        tiny_data.parent / "stories.txt",
-        "--runs",
-        "small-vocab",
-        "--tokens",
-        "8192",
-        "--seeds",
-        "2",
-    ]
-    options += ["--eval-windows", "4", "--out", "runs.png", "--folder", "runs"]
-    command = [sys.executable, str(BENCHMARKS / "learning_curves.py"), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr[-2_000:]
-    rows = re.findall(r"^small-vocab +(\d) +8,192 +[\d,]+ +(\d\.\d{4}) +(\d\.\d{4}) +\d", done.stdout, re.M)
-    assert [row[0] for row in rows] == ["0", "1"] and rows[0][1] != rows[1][1]
-    report = evaluate(load(tmp_path / "runs/small-vocab-8192-1/last.pt"), tmp_path / "runs/data-bpe4096/validation.bin")
+def test_learning_curves_are_compared_on_all_validation_stories(run_benchmark, tmp_path):
+    options = "--source {stories} --runs demo --tokens 2048 --seeds 2 --eval-windows 2 --out runs.png --folder runs"
+    with pytest.warns(UserWarning, match="vocabulary"):  # the stories are too few for 1,024 tokens
+        code, out, _ = run_benchmark("learning_curves.py", options)
+    assert code == 0
+    rows = re.findall(r"^demo +(\d) +2,048 +[\d,]+ +(\d\.\d{4}) +(\d\.\d{4}) +\d", out, re.M)
+    assert [seed for seed, _, _ in rows] == ["0", "1"] and rows[0][1] != rows[1][1]
+    report = evaluate(load(tmp_path / "runs/demo-2048-1/last.pt"), tmp_path / "runs/data-bpe1024/validation.bin")
     assert rows[1][1:] == (f"{report.loss:.4f}", f"{report.bits_per_byte:.4f}")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bad_input_is_one_line_and_exit_code_2():
-    command = [sys.executable, str(BENCHMARKS / "training_step.py"), "--recipe", "nix"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.startswith("there is no recipe 'nix'") and done.stderr.count("\n") == 1
-
-
-def test_a_fast_run_and_a_plain_run_come_to_the_same_losses(tiny_data, tmp_path, monkeypatch):
-    """A hundred iterations from the same seed and windows, without dropout: equal to rounding, and learning."""
+def test_the_baseline_tokenizes_to_identical_bytes(tiny_data, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import plain_loop
+    datasets = pytest.importorskip("datasets")
+    plain_loop = importlib.import_module("plain_loop")
+    data = open_dataset(tiny_data)
+    stories = datasets.Dataset.from_dict({"text": list(read_stories(data.config, "train"))})
+    plain_loop.prepare(stories, data.tokenizer, tmp_path / "train.bin", num_proc=1)
+    assert (tmp_path / "train.bin").read_bytes() == (tiny_data / "train.bin").read_bytes()
 
+
+def test_train_and_the_baseline_reach_the_same_losses(tiny_data, tmp_path, monkeypatch):
+    """A hundred iterations without dropout from the same seed and windows."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plain_loop = importlib.import_module("plain_loop")
     config = TrainConfig(
         max_iters=100,
         batch_size=3,
@@ -118,21 +161,19 @@ def test_a_fast_run_and_a_plain_run_come_to_the_same_losses(tiny_data, tmp_path,
         seed=7,
         device="cpu",
     )
-    recipe = Recipe(
-        model=GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0), train=config
-    )
-    fast = [update["train_loss"] for update in train(recipe, tiny_data, tmp_path).updates]
+    model_config = GPTConfig(vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+    losses = [update["train_loss"] for update in train(Recipe(model_config, train=config), tiny_data, tmp_path).updates]
 
     torch.manual_seed(7)
-    start = GPT(recipe.model).state_dict()
-    model = plain_loop.PlainGPT(recipe.model)
-    model.load_state_dict(start)
-    ids = open_tokens(tiny_data / "train.bin").ids
+    plain_model = plain_loop.PlainGPT(model_config)
+    torch.manual_seed(7)
+    plain_model.load_state_dict(GPT(model_config).state_dict())
+    tokens = open_dataset(tiny_data).train
 
-    def batch(iteration):
-        windows = random_windows(ids, 16, 3, np.random.default_rng((TRAINING, 7, iteration)))
-        return tuple(torch.from_numpy(part) for part in windows)
+    def get_batch(iteration):
+        return tuple(map(torch.from_numpy, training_batch(tokens, 16, config, iteration)))
 
-    plain = np.array(list(plain_loop.train(model, batch, config, "cpu"))).reshape(-1, 4).mean(1)
-    np.testing.assert_allclose(fast, plain, atol=1e-4)
-    assert plain[-1] < plain[0] - 1
+    plain_losses = list(plain_loop.train(plain_model, get_batch, config, "cpu"))
+    plain_losses = np.array(plain_losses).reshape(-1, 4).mean(1)  # per update
+    np.testing.assert_allclose(losses, plain_losses, atol=1e-4)
+    assert plain_losses[-1] < plain_losses[0] - 1

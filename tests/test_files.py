@@ -1,4 +1,4 @@
-"""A file is whole or not there at all."""
+"""Atomic writes, checksums and folder locks."""
 
 from __future__ import annotations
 
@@ -14,202 +14,205 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import environment, folder_contents
 
 from storyllm import StoryLLMError
-from storyllm.files import atomic_write, earlier, locked, read_json, sha256, write_json
+from storyllm.files import atomic_write, earlier_version, lock_folder, read_json, sha256, write_json
 
 
-def test_the_name_holds_the_old_file_until_the_block_ends(tmp_path: Path) -> None:
+def test_the_old_file_is_kept_until_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     with atomic_write(path) as file:
         file.write(b"new" * 100_000)
         file.flush()
         assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new" * 100_000
-    assert list(tmp_path.iterdir()) == [path]
+    assert folder_contents(tmp_path) == {"a.bin": b"new" * 100_000}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_the_old_file_stays_when_the_block_raises(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"old")
-    with pytest.raises(error), atomic_write(path) as file:  # noqa: PT012
+@pytest.mark.parametrize("before", [{}, {"a.bin": b"old"}])
+def test_an_exception_leaves_the_folder_as_it_was(tmp_path: Path, error: type[BaseException], before: dict) -> None:
+    for name, data in before.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(error), atomic_write(tmp_path / "a.bin") as file:  # noqa: PT012
         file.write(b"half of the n")
         raise error
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert folder_contents(tmp_path) == before
 
 
-def test_nothing_is_left_when_there_was_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a.bin") as file:  # noqa: PT012
-        file.write(b"x")
-        raise ZeroDivisionError
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_parents_are_made(tmp_path: Path) -> None:
+def test_missing_folders_are_created(tmp_path: Path) -> None:
     path = tmp_path / "one" / "two" / "a.bin"
     with atomic_write(path) as file:
         file.write(b"x")
     assert path.read_bytes() == b"x"
 
 
-def test_an_empty_block_makes_an_empty_file(tmp_path: Path) -> None:
-    with atomic_write(tmp_path / "a"):
+def test_an_empty_block_writes_an_empty_file(tmp_path: Path) -> None:
+    with atomic_write(str(tmp_path / "a")):  # type: ignore[arg-type]  # a string works, too
         pass
-    assert (tmp_path / "a").read_bytes() == b""
+    assert folder_contents(tmp_path) == {"a": b""}
 
 
-def test_a_path_may_be_a_string(tmp_path: Path) -> None:
-    with atomic_write(str(tmp_path / "a")) as file:  # type: ignore[arg-type]
-        file.write(b"x")
-    assert (tmp_path / "a").read_bytes() == b"x"
-
-
-def test_the_bytes_are_on_the_disk_before_the_name_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.bin"
-    sizes_at_sync: list[int] = []
+def test_data_is_flushed_before_the_rename_and_the_name_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flushed = tmp_path / "a.bin", []
 
     def fsync(descriptor: int) -> None:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):  # the folder's turn comes when the name has changed
-            assert not path.exists()
-            sizes_at_sync.append(os.fstat(descriptor).st_size)
-        else:
-            assert path.exists()
-            sizes_at_sync.append(-1)
+        status = os.fstat(descriptor)
+        is_file = stat.S_ISREG(status.st_mode)
+        flushed.append(("file" if is_file else "folder", status.st_size if is_file else None, path.exists()))
 
     monkeypatch.setattr(os, "fsync", fsync)
     with atomic_write(path) as file:
         file.write(b"abc")
-    assert sizes_at_sync == [3, -1]
+    assert flushed == [("file", 3, False), ("folder", None, True)]
 
 
-def test_a_killed_writer_leaves_the_old_file_and_the_next_one_writes(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"old")
-    code = (
-        "import os, signal, sys\nfrom storyllm.files import atomic_write\n"
-        "with atomic_write(sys.argv[1]) as file:\n"
-        "    file.write(b'long' * 100_000); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    # The module alone: what the package imports besides takes seconds.
-    code = "import importlib.util, types, sys; sys.modules['storyllm'] = types.ModuleType('storyllm')\n" + (
-        f"sys.modules['storyllm'].__path__ = [{str(Path(sys.modules['storyllm'].__path__[0]))!r}]\n" + code
-    )
-    ended = subprocess.run([sys.executable, "-c", code, str(path)], check=False, capture_output=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
-    assert path.read_bytes() == b"old"
-    with atomic_write(path) as file:
-        file.write(b"new")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]  # what the killed one left is gone
-
-
-def test_write_json_reads_back(tmp_path: Path) -> None:
-    value = {"name": "Zoë \U0001f600 \u2028", "list": [1, 2.5, None, True], "nested": {"a": {}}}
-    write_json(tmp_path / "a.json", value)
-    raw = (tmp_path / "a.json").read_bytes()
-    assert read_json(tmp_path / "a.json") == value
-    assert {**json.loads(raw), "checksum": 0} == {**value, "checksum": 0}
-    assert raw.endswith(b"\n")
-    assert "Zoë".encode() in raw
-
-
-def test_write_json_of_what_is_not_json_leaves_the_old_file(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"a": object()})
-    assert read_json(tmp_path / "a.json") == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_every_bit_of_a_json_counts(tmp_path: Path) -> None:
-    """What is read after one bit has changed is what was written, or nothing."""
-    value = {"tokens": 4096, "source": "stories", "request": {"seed": 0, "share": 0.01}}
-    path = tmp_path / "a.json"
-    write_json(path, value)
-    raw = path.read_bytes()
-    refused = 0
-    for place in range(8 * len(raw)):
-        flipped = bytearray(raw)
-        flipped[place // 8] ^= 1 << place % 8
-        path.write_bytes(flipped)
-        try:
-            assert read_json(path) == value
-        except StoryLLMError:
-            refused += 1
-    assert refused > 7 * len(raw)  # line ends and spaces between may change
-
-
-@pytest.mark.parametrize("size", [0, 1, 300_000])
-def test_sha256(tmp_path: Path, size: int) -> None:
-    data = bytes(i % 251 for i in range(size))
-    (tmp_path / "a").write_bytes(data)
-    assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()
-
-
-def test_sha256_of_nothing_is_the_published_one(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"")
-    assert sha256(tmp_path / "a") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-
-
-def test_earlier_files_stay_under_their_numbers(tmp_path: Path) -> None:
+def test_earlier_versions_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     for number in range(5):
         with atomic_write(path, keep=2) as file:
             file.write(b"%d" % number)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
-        "last.pt": b"4",
-        "last.1.pt": b"3",
-        "last.2.pt": b"2",
-    }
-    assert earlier(path, 0) == path
+    assert folder_contents(tmp_path) == {"last.pt": b"4", "last.1.pt": b"3", "last.2.pt": b"2"}
+    assert [earlier_version(path, number).name for number in range(3)] == ["last.pt", "last.1.pt", "last.2.pt"]
 
 
-def test_a_link_in_the_temporary_files_place_leads_nowhere(tmp_path: Path) -> None:
+def test_a_symlink_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes(b"precious")
     (tmp_path / "a.bin.part").symlink_to(tmp_path / "elsewhere")
     with atomic_write(tmp_path / "a.bin") as file:
         file.write(b"new")
-    assert (tmp_path / "elsewhere").read_bytes() == b"precious"
-    assert (tmp_path / "a.bin").read_bytes() == b"new"
+    assert folder_contents(tmp_path) == {"elsewhere": b"precious", "a.bin": b"new"}
 
 
-def test_a_locked_folder_is_for_one_process(tmp_path: Path) -> None:
+def test_only_one_process_may_lock_a_folder_and_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with locked(folder):
-        with pytest.raises(StoryLLMError, match="run is in use by another process: wait for it"), locked(folder):
+    folder.mkdir()
+    (folder / "a.bin").write_bytes(b"old")
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom storyllm.files import atomic_write, lock_folder\n"
+        "folder = Path(sys.argv[1])\n"
+        "with lock_folder(folder), atomic_write(folder / 'a.bin') as file:\n"
+        "    file.write(b'long' * 100_000)\n    file.flush()\n    print('ready', flush=True)\n    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", program, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            with pytest.raises(StoryLLMError, match=r"run is in use"), lock_folder(folder):
+                pass
+            with lock_folder(tmp_path / "other"):
+                pass
+        finally:
+            process.send_signal(signal.SIGKILL)
+    with lock_folder(folder):
+        assert (folder / "a.bin").read_bytes() == b"old"
+        with atomic_write(folder / "a.bin") as file:
+            file.write(b"new")
+    assert folder_contents(folder) == {"a.bin": b"new"}  # neither a lock nor a temporary file is left
+
+
+def test_a_folder_can_be_locked_again_after_release_but_not_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        with lock_folder(tmp_path), pytest.raises(StoryLLMError, match="in use"), lock_folder(tmp_path):
             pass
-        with locked(tmp_path / "other"):
-            pass
-    with locked(folder):
+
+
+def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoryLLMError, match="file/run"), lock_folder(tmp_path / "file" / "run"):
         pass
-    assert list(folder.iterdir()) == []  # nothing is left behind
+    with pytest.raises(StoryLLMError, match="file/a.json"):
+        write_json(tmp_path / "file" / "a.json", {})
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
-def test_where_there_are_no_locks_and_no_fsync_it_works_and_says_what_is_lost(
+def test_a_filesystem_without_locks_and_fsync_works_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def not_here(*_: object) -> None:
+    def not_supported(*_: object) -> None:
         raise OSError(code, "not supported")
 
-    monkeypatch.setattr(fcntl, "flock", not_here)
-    monkeypatch.setattr(os, "fsync", not_here)
-    with pytest.warns(UserWarning, match="cannot be locked here: see to it that nothing else"), locked(tmp_path):
+    monkeypatch.setattr(fcntl, "flock", not_supported)
+    monkeypatch.setattr(os, "fsync", not_supported)
+    with pytest.warns(UserWarning, match="cannot be locked"), lock_folder(tmp_path):
         pass
-    with pytest.warns(UserWarning, match="a cut of power may cost what was saved last"):
+    with pytest.warns(UserWarning, match="fsync"):
         write_json(tmp_path / "a.json", {"a": 1})
     assert read_json(tmp_path / "a.json") == {"a": 1}
 
 
-def test_a_disk_that_fails_is_an_error_not_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> None:
-        raise OSError(errno.EIO, "Input/output error")
+@pytest.mark.parametrize(
+    ("code", "advice"), [(errno.EIO, "disk"), (errno.ENOSPC, "space"), (errno.EDQUOT, "space"), (errno.EROFS, "folder")]
+)
+def test_a_failing_disk_is_an_error_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, advice: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
 
     write_json(tmp_path / "a.json", {"a": 1})
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(StoryLLMError, match=r"a\.json cannot be written \(Input/output error\)"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(StoryLLMError, match=rf"a\.json.*{os.strerror(code)}.*{advice}"):
         write_json(tmp_path / "a.json", {"a": 2})
     assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "value", [{}, {"name": "Zoë \U0001f600 \u2028", "list": [1, 2.5, None, True], "nested": {"a": {}}}, {"a": "\ud800"}]
+)
+def test_read_json_returns_what_write_json_wrote(tmp_path: Path, value: dict) -> None:
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+
+
+def test_written_json_is_readable_for_people_and_other_programs(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": "Zoë", "tokens": 5})
+    raw = (tmp_path / "a.json").read_bytes()
+    assert set(json.loads(raw)) == {"name", "tokens", "checksum"}
+    assert "Zoë".encode() in raw and raw.count(b"\n") > 3 and raw.endswith(b"\n")
+
+
+def test_a_value_that_is_not_json_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    before = folder_contents(tmp_path)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert folder_contents(tmp_path) == before
+
+
+def test_every_flipped_bit_of_a_json_is_detected_or_harmless(tmp_path: Path) -> None:
+    value = {"tokens": 4096, "source": "stories", "request": {"seed": 0, "fraction": 0.01}}
+    path = tmp_path / "a.json"
+    write_json(path, value)
+    raw, detected = path.read_bytes(), 0
+    for position in range(8 * len(raw)):
+        flipped = bytearray(raw)
+        flipped[position // 8] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            assert read_json(path) == value
+        except StoryLLMError:
+            detected += 1
+    assert detected > 7 * len(raw)  # the others change white space
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": 1}', b"\xff", b"[" * 100_000, b'{"checksum": null}'])
+def test_other_json_is_rejected(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(StoryLLMError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_missing_json_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(StoryLLMError, match=r"none\.json"):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("size", [0, 1, 300_000])
+def test_sha256_is_that_of_hashlib(tmp_path: Path, size: int) -> None:
+    data = bytes(i % 251 for i in range(size))
+    (tmp_path / "a").write_bytes(data)
+    assert sha256(tmp_path / "a") == hashlib.sha256(data).hexdigest()

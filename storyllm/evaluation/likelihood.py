@@ -70,7 +70,7 @@ def evaluate(storyteller: Storyteller, data: str | Path) -> Report:
     loss_per_token = nats / predicted
     return Report(
         loss=loss_per_token,
-        perplexity=math.exp(loss_per_token) if loss_per_token < 700 else math.inf,
+        perplexity=math.inf if loss_per_token > 700 else math.exp(loss_per_token),
         bits_per_byte=bits_per_byte(loss_per_token, predicted, tokens.info.bytes),
         tokens=predicted,
         bytes=tokens.info.bytes,

@@ -29,6 +29,7 @@ def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
+        and x.numel() > 0  # oneDNN rejects the empty sum of the weight gradient
         and _onednn_works()
     )
 

@@ -50,7 +50,7 @@ class TrainState:
             value = values[name]
             if type(value) is not type(default) or not value >= min(0, default):  # also rejects NaN
                 raise ValueError(f"{name} is invalid")
-            if type(value) is int and value >= 2**63:
+            if value >= 2**63 and name != "best_val_loss":  # infinite before the first evaluation
                 raise ValueError(f"{name} is out of range")
         return cls(**values)
 
@@ -125,7 +125,7 @@ class RunFolder:
             same_data = saved["data_sha256"] == self.data.sha256
             if type(saved["device"]) is not str or type(saved["micro_batch_size"]) is not int:
                 raise TypeError("device or micro_batch_size is invalid")
-            if saved["micro_batch_size"] < 1:
+            if not 1 <= saved["micro_batch_size"] < 2**63:
                 raise ValueError("micro_batch_size is out of range")
         except (StoryLLMError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise StoryLLMError(

@@ -249,7 +249,7 @@ def test_held_out_stories_are_evenly_spaced(tmp_path: Path, fraction: float, cou
 
 @pytest.mark.parametrize("source", [".", "synthetic", "owner/name"])
 def test_unknown_split_is_refused(source: str) -> None:
-    with pytest.raises(StoryLLMError, match="'valid'.*validation"):
+    with pytest.raises(StoryLLMError, match=r"'valid'.*validation"):
         read(source, "valid")
 
 
@@ -267,7 +267,7 @@ def test_unknown_split_is_refused(source: str) -> None:
 def test_missing_path_is_refused_without_asking_the_hub(hub: Callable[..., list[str]], source: str) -> None:
     requests = hub(train=["a"])
     for call in (lambda: read(source), lambda: fingerprint(source)):
-        with pytest.raises(StoryLLMError, match="not found.*synthetic") as caught:
+        with pytest.raises(StoryLLMError, match=r"not found.*synthetic") as caught:
             call()
         assert "\n" not in str(caught.value)
     assert requests == []
@@ -430,7 +430,7 @@ def test_cleaning_any_text_gives_text(tmp_path_factory: pytest.TempPathFactory, 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """`hub(train=[...], validation=[...])` sets what the Hub returns, and returns the list of names requested from it."""
+    """`hub(train=[...], validation=[...])` sets what the Hub returns, and returns the names requested."""
     import datasets
 
     requests: list[str] = []

@@ -13,7 +13,9 @@ from storyllm.model.decoding import capture_graph, decode
 
 CONTEXT = TINY.model.block_size
 
-samplings = pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 5, "top_p": 0.9}])
+samplings = pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 5, "top_p": 0.9}]
+)
 
 
 def decoded(model, prompt, new, **options):
@@ -138,7 +140,9 @@ def test_cuda_graph_does_not_change_the_tokens(make_model, random_ids, sampling)
     model, prompt = make_model(block_size=64).cuda(), random_ids(3, 5).cuda()
     graph, plain = (
         torch.stack(
-            list(decode(model, prompt, 80, generator=torch.Generator("cuda").manual_seed(0), use_cache=cache, **sampling))
+            list(
+                decode(model, prompt, 80, generator=torch.Generator("cuda").manual_seed(0), use_cache=cache, **sampling)
+            )
         )
         for cache in (True, False)
     )

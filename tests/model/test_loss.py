@@ -10,6 +10,9 @@ from torch import Tensor
 from storyllm.model import loss as loss_module
 from storyllm.model.loss import linear_cross_entropy
 
+# PyTorch warns about Intel GPUs whenever a flag of oneDNN is set.
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
+
 ROWS, WIDTH, VOCAB_SIZE = 50, 16, 77  # a vocabulary size that no chunk size divides
 
 

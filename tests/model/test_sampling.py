@@ -211,7 +211,9 @@ def test_probabilities_follow_the_rules(logits, temperature, top_k, top_p):
 @PROPERTY
 @given(random_logits(), TEMPERATURE, TOP_K, TOP_P)
 def test_rows_do_not_affect_each_other(logits, temperature, top_k, top_p):
-    batch = next_token_probs(logits, temperature, top_k, top_p).sort().values  # which of several ties is kept may differ
+    batch = (
+        next_token_probs(logits, temperature, top_k, top_p).sort().values
+    )  # which of several ties is kept may differ
     for row, probs in zip(logits, batch, strict=True):
         alone = next_token_probs(row, temperature, top_k, top_p).sort().values
         torch.testing.assert_close(probs, alone, rtol=1e-5, atol=1e-9)
