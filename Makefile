@@ -34,7 +34,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 campaign: $(INSTALLED)
-	$(BIN)/python -m pytest -m campaign --durations=10
+	$(BIN)/python -m pytest -m campaign --timeout=3600 --durations=10
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

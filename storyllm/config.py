@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+MAX_SIZE = 2**31 - 1  # more windows, tokens or features than fit any memory; larger sizes overflow in PyTorch
+
 
 def printable(text: str) -> str:
     """`text` with control characters escaped, except newlines and tabs, so that a terminal does not execute them."""
@@ -93,7 +95,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_range(self, 1, "vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        _check_range(self, 1, "vocab_size", "block_size", "n_head", "n_embd", high=MAX_SIZE)
+        _check_range(self, 1, "n_layer", high=10_000)  # more would fill the memory with small layers one by one
         if self.n_embd % self.n_head:
             multiple = (self.n_embd // self.n_head + 1) * self.n_head
             raise StoryLLMError(
@@ -182,12 +185,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_range(
-            self,
-            1,
-            *("max_iters", "stop_at", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_windows"),
-        )
-        _check_range(self, 1, "micro_batch_size", high=2**63 - 1)  # the largest size of a PyTorch split
+        _check_range(self, 1, "max_iters", "stop_at", "gradient_accumulation_steps", "eval_interval")
+        _check_range(self, 1, "batch_size", "micro_batch_size", "eval_windows", high=MAX_SIZE)
         _check_range(self, 0, "learning_rate", "muon_lr_scale", exclusive=True)
         _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes")
         _check_range(self, 0, "keep_checkpoints", high=1_000)

@@ -1,10 +1,10 @@
 """Runs a notebook from top to bottom and prints the text output of its cells as it appears.
 
-    python tests/run_notebook.py StoryLLM.ipynb run                     # writes run/StoryLLM.ipynb and run/StoryLLM.html
+    python tests/run_notebook.py StoryLLM.ipynb run
     python tests/run_notebook.py StoryLLM.ipynb run recipe_name=demo
 
-Parameters are set in a new cell after the one tagged "parameters", as papermill does. On the command line, they are
-strings.
+Writes run/StoryLLM.ipynb and run/StoryLLM.html. Parameters are set in a new cell after the one tagged "parameters", as
+papermill does. On the command line, they are strings.
 """
 
 from __future__ import annotations

@@ -1,166 +1,199 @@
-"""The command line, as a person types it: five verbs, and bad input in one line with exit code 2."""
+"""The command line: every command end to end, help, and one-line errors with exit code 2."""
 
+from __future__ import annotations
+
+import dataclasses
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import TINY_MODEL_OPTIONS, flip_bit
 
 import storyllm
+from storyllm import RECIPES, DataConfig, GPTConfig, TrainConfig, read_log
 from storyllm.cli import main
 
-SMALL = "--model.block-size 16 --model.n-layer 1 --model.n-head 2 --model.n-embd 16 --train.eval-windows 4".split()
-SHORT = "--train.batch-size 2 --train.gradient-accumulation-steps 1 --train.device cpu --train.max-iters 6".split()
+COMMANDS = ("prepare", "train", "generate", "evaluate", "plot")
+TRAIN = ["train", "--recipe", "demo", *TINY_MODEL_OPTIONS]
+TRAIN += "--train.batch-size 2 --train.eval-windows 4 --train.device cpu --train.max-iters 6".split()
+
+
+def output_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The standard output of a successful command."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--help"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
-def run(tiny_data, tmp_path_factory):
-    """A folder with a trained model, made on the command line."""
+def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint folder of a model trained from the command line."""
     folder = tmp_path_factory.mktemp("cli") / "checkpoints"
-    arguments = ["train", "--recipe", "demo", "--data-dir", str(tiny_data), "--checkpoint-dir", str(folder)]
-    assert main([*arguments, *SMALL, *SHORT]) == 0
+    assert main([*TRAIN, "--data-dir", str(tiny_data), "--checkpoint-dir", str(folder)]) == 0
     return folder
 
 
-def test_the_whole_path(tmp_path, capsys, monkeypatch):
+def test_all_commands_work_together(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepare = "prepare --recipe demo --builtin-stories 300 --tokenizer bpe:400"
-    assert main(prepare.split()) == 0
-    assert "data/train.bin: 300 stories" in capsys.readouterr().out
-    assert main(prepare.split()) == 0  # nothing to do
-    assert main(["train", "--recipe", "demo", *SMALL, *SHORT]) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"best validation loss \d\.\d{4} \(\d\.\d{4} bits per byte\)", out)
-    assert main(["tell", "--max-new-tokens", "5", "--seed", "1", "Once upon a time"]) == 0
-    assert capsys.readouterr().out.startswith("Once upon a time")
-    assert main(["tell", "--num-stories", "3", "--max-new-tokens", "5", "A pig"]) == 0
-    assert capsys.readouterr().out.count("A pig") == 3
-    assert main(["evaluate"]) == 0
-    out = capsys.readouterr().out
-    assert "perplexity" in out
-    assert "bits per byte" in out
-    assert main(["plot"]) == 0
+    prepare = "prepare --recipe demo --synthetic-stories 300 --tokenizer bpe:400".split()
+    assert "data/train.bin: 300 stories" in output_of(capsys, *prepare)
+    assert "data/train.bin: 300 stories" in output_of(capsys, *prepare)  # nothing to do
+    printed = output_of(capsys, *TRAIN)
+    assert re.search(r"best validation loss \d\.\d{4} \(\d\.\d{4} bits per byte\) at iteration \d", printed)
+    generate = ["generate", "--max-new-tokens", "5", "--seed", "1", "Once upon a time"]
+    story = output_of(capsys, *generate)
+    assert story.startswith("Once upon a time") and story.endswith("\n")
+    assert output_of(capsys, *generate) == story
+    assert output_of(capsys, "generate", "--num-stories", "3", "--max-new-tokens", "5", "A pig").count("A pig") == 3
+    assert {"loss", "perplexity", "bits per byte"} <= set(
+        re.findall("^loss|^perplexity|^bits per byte", output_of(capsys, "evaluate"), re.MULTILINE)
+    )
+    assert output_of(capsys, "plot") == "losses.png\n"
     (tmp_path / "copy.jsonl").write_bytes((tmp_path / "checkpoints" / "log.jsonl").read_bytes())
-    assert main("plot --log checkpoints/log.jsonl copy.jsonl --out both.png".split()) == 0
+    output_of(capsys, *"plot --log checkpoints/log.jsonl copy.jsonl --out both.png".split())
     for name in ("losses.png", "both.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
-        "best_model_params.pt",
-        "last.1.pt",
-        "last.pt",
-        "log.jsonl",
-    ]
+    files = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert files == {"best_model_params.pt", "last.1.pt", "last.pt", "log.jsonl"}
 
 
-def test_options_reach_the_recipe(run):
-    recipe = storyllm.read_log(run / "log.jsonl").run["recipe"]
-    assert recipe["model"] | {"n_layer": 1, "n_embd": 16, "block_size": 16, "n_head": 2} == recipe["model"]
-    assert recipe["train"]["max_iters"] == 6
-    assert recipe["train"]["learning_rate"] == storyllm.RECIPES["demo"].train.learning_rate
+def test_options_and_recipe_defaults_reach_the_run(run):
+    recipe = storyllm.Recipe.from_dict(read_log(run / "log.jsonl").run["recipe"])
+    assert recipe.model == dataclasses.replace(
+        RECIPES["demo"].model, vocab_size=300, block_size=16, n_layer=2, n_head=2, n_embd=32
+    )
+    assert recipe.train == dataclasses.replace(
+        RECIPES["demo"].train, batch_size=2, eval_windows=4, device="cpu", max_iters=6
+    )
 
 
-@pytest.mark.parametrize("verb", [None, "prepare", "train", "tell", "evaluate", "plot"])
-def test_help_is_there_and_ends_well(verb, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main([*([verb] if verb else []), "--help"])
-    assert exit_.value.code == 0
-    out = capsys.readouterr().out
-    assert "dataclass" not in out
-    assert "StoryLLMError" not in out
+def test_a_finished_run_is_success(run, tiny_data, capsys):
+    printed = output_of(capsys, *TRAIN, "--data-dir", str(tiny_data), "--checkpoint-dir", str(run))
+    assert "already finished" in printed
+    assert "best validation loss" in printed
 
 
-def test_every_field_of_the_recipe_is_an_option(capsys):
-    import dataclasses
-
-    for verb, prefix, config in [
-        ("train", "--model.", storyllm.GPTConfig),
-        ("train", "--train.", storyllm.TrainConfig),
-        ("prepare", "--", storyllm.DataConfig),
-    ]:
-        with pytest.raises(SystemExit):
-            main([verb, "--help"])
-        out = capsys.readouterr().out
-        for field in dataclasses.fields(config):
-            if field.name != "vocab_size":  # the data's
-                assert prefix + field.name.replace("_", "-") in out
+# Help
 
 
-def test_version(capsys):
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"storyllm {storyllm.__version__}\n"
+def test_help_lists_the_commands(capsys):
+    text = help_of(capsys)
+    for command in COMMANDS:
+        assert command in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    text = help_of(capsys, command)
+    assert f"storyllm {command}" in text
+    assert "dataclass" not in text and "StoryLLMError" not in text and "Raises" not in text
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "prefix", "config"),
+    [("train", "--model.", GPTConfig), ("train", "--train.", TrainConfig), ("prepare", "--", DataConfig)],
+)
+def test_every_field_of_a_recipe_is_an_option(command, prefix, config, capsys):
+    text = help_of(capsys, command)
+    options = {field.name: prefix + field.name.replace("_", "-") in text for field in dataclasses.fields(config)}
+    assert [name for name, shown in options.items() if not shown] == (["vocab_size"] if config is GPTConfig else [])
+
+
+@pytest.mark.parametrize("name", ["faithful", "demo"])
+@pytest.mark.parametrize("style", ["--recipe {}", "--recipe={}", "--recipe fast --recipe {}"])
+def test_help_shows_the_defaults_of_the_recipe(name, style, capsys):
+    text = help_of(capsys, "train", *style.format(name).split())
+    assert f"(default: {RECIPES[name].train.max_iters})" in text
+    assert f"(default: {RECIPES[name].model.n_embd})" in text
+
+
+def test_version(capsys):
+    assert output_of(capsys, "--version") == f"storyllm {storyllm.__version__}\n"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
     [
-        ("train --recipe fathful", "there is no recipe 'fathful', expected one of: faithful, fast, small-vocab, demo"),
-        ("train --model.n-embd 100", "n_embd is 100, expected a multiple of n_head (6)"),
-        ("train --train.learning-rate -1", "learning_rate is -1.0, expected more than 0"),
-        ("train --data-dir nowhere", "there is no nowhere/train.bin: make the data with `storyllm prepare`"),
-        ("prepare --tokenizer bpe:many", "tokenizer is 'bpe:many', expected 'gpt2' or 'bpe:N'"),
-        ("prepare --source nothing.txt", "there is no file or folder 'nothing.txt'"),
-        ("tell --checkpoint nothing.pt", "there is no checkpoint nothing.pt"),
-        ("tell --top-p 1.5 --checkpoint {run}/last.pt", "top_p is 1.5, expected"),
-        ("tell --num-stories 0 --checkpoint {run}/last.pt", "num_stories is 0, expected at least 1"),
-        ("tell --device tpu --checkpoint {run}/last.pt", "device 'tpu' is not on this machine"),
-        ("evaluate --checkpoint {run}/last.pt --data nothing.bin", "there is no nothing.bin"),
-        ("plot --log nothing.jsonl", "there is no log nothing.jsonl"),
-        ("plot --log {run}/log.jsonl --out /proc/none/losses.png", "/proc/none"),
+        ("train --recipe fathful", ["'fathful'", "faithful", "demo"]),
+        ("train --recipe demo --recipe demmo", ["'demmo'"]),  # the last one counts
+        ("train --model.n-embd 100", ["n_embd is 100", "n_head"]),
+        ("train --train.learning-rate -1", ["learning_rate is -1.0"]),
+        ("train --data-dir missing", ["missing/train.bin", "storyllm prepare"]),
+        ("prepare --tokenizer bpe:many", ["'bpe:many'", "bpe:N"]),
+        ("prepare --source missing.txt", ["missing.txt"]),
+        ("prepare --verify --out missing", ["missing/train.bin"]),
+        ("generate --checkpoint missing.pt", ["missing.pt"]),
+        ("generate --top-p 1.5 --checkpoint {run}/last.pt", ["top_p is 1.5"]),
+        ("generate --temperature -1 --checkpoint {run}/last.pt Hello", ["temperature is -1.0"]),
+        ("generate --num-stories 0 --checkpoint {run}/last.pt", ["num_stories is 0"]),
+        ("generate --device tpu --checkpoint {run}/last.pt", ["'tpu'"]),
+        ("evaluate --checkpoint {run}/last.pt --data missing.bin", ["missing.bin"]),
+        ("plot --log missing.jsonl", ["missing.jsonl"]),
+        ("plot --log {run}/log.jsonl --out /proc/missing/losses.png", ["/proc/missing"]),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(arguments, message, run, tmp_path, monkeypatch, capsys):
+def test_invalid_input_is_a_one_line_error(arguments, words, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments.format(run=run).split()) == 2
     printed = capsys.readouterr()
-    assert message in printed.err
+    assert printed.out == ""
+    assert printed.err.startswith("storyllm: ")
     assert printed.err.count("\n") == 1
+    for word in words:
+        assert word in printed.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_says_what_it_found(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main("prepare --recipe demo --builtin-stories 60 --tokenizer bpe:300".split()) == 0
-    assert main(["prepare", "--verify"]) == 0
-    out = capsys.readouterr().out
-    assert "every checksum and count is right\ndata/train.bin: 60 stories" in out
-    with open("data/train.bin", "r+b") as file:
-        file.seek(100)
-        byte = file.read(1)
-        file.seek(100)
-        file.write(bytes([byte[0] ^ 1]))
-    assert main(["prepare", "--verify"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("storyllm: data/train.bin is damaged: its sha256 is")
-    assert error.count("\n") == 1
-    assert main(["prepare", "--verify", "--out", "nowhere"]) == 2
-
-
-@pytest.mark.parametrize("arguments", ["train --train.max-itres 5", "telll", "train --train.max-iters many", ""])
-def test_a_misspelt_option_is_code_2_too(arguments, capsys):
-    with pytest.raises(SystemExit) as exit_:
+@pytest.mark.parametrize(
+    "arguments", ["train --train.max-itres 5", "generat", "train --train.max-iters many", "train --recipe", ""]
+)
+def test_a_misspelled_option_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
         main(arguments.split())
-    assert exit_.value.code == 2
+    assert caught.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_long_prompt_is_a_warning_in_one_line(run, capsys):
-    assert main(["tell", "--checkpoint", str(run / "last.pt"), "--max-new-tokens", "2", "One fine day " * 20]) == 0
+def test_verify_reports_intact_and_corrupted_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output_of(capsys, *"prepare --recipe demo --synthetic-stories 60 --tokenizer bpe:300".split())
+    printed = output_of(capsys, "prepare", "--verify")
+    assert "checksums" in printed and "data/train.bin: 60 stories" in printed
+    flip_bit(tmp_path / "data" / "train.bin", 100)
+    assert main(["prepare", "--verify"]) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"storyllm: prompt has \d+ tokens, the context is 16: it is cut to its last 16\n", error)
+    assert "data/train.bin is corrupted" in error
+    assert error.count("\n") == 1
 
 
-def test_output_into_a_closed_pipe_is_no_error(run):
-    command = f"{sys.executable} -m storyllm tell --checkpoint {run}/last.pt --max-new-tokens 60 'One day' | true"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=Path(storyllm.__file__).parents[1])
-    assert done.stderr == ""
+def test_other_data_is_only_overwritten_on_request(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare = "prepare --recipe demo --tokenizer bpe:300 --synthetic-stories".split()
+    output_of(capsys, *prepare, "60")
+    assert main([*prepare, "70"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert "70 stories" in output_of(capsys, *prepare, "70", "--overwrite")
 
 
-def test_of_two_recipes_the_last_counts(capsys):
-    assert main(["train", "--recipe", "demo", "--recipe", "demmo"]) == 2
-    assert "there is no recipe 'demmo'" in capsys.readouterr().err
+def test_a_warning_is_one_line(run, capsys):
+    long_prompt = "One fine day " * 20
+    assert main(["generate", "--checkpoint", str(run / "last.pt"), "--max-new-tokens", "2", long_prompt]) == 0
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"storyllm: .*prompt.*\b16\b.*\n", error)
 
 
-def test_options_are_checked_before_the_story_begins(run, capsys):
-    assert main(["tell", "--checkpoint", str(run / "last.pt"), "--temperature", "-1", "One day"]) == 2
-    assert capsys.readouterr().out == ""
+def test_control_characters_are_not_printed(run, capsys):
+    printed = output_of(capsys, "generate", "--checkpoint", str(run / "last.pt"), "--max-new-tokens", "1", "\x1b[2J")
+    assert printed.startswith(r"\x1b[2J")
+    assert main(["generate", "--checkpoint", "\x1b[2J.pt"]) == 2
+    assert r"\x1b[2J.pt" in capsys.readouterr().err

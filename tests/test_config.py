@@ -18,9 +18,9 @@ from storyllm.config import printable
 
 # For every field: a valid value other than the default, then invalid values.
 FIELDS: dict[str, tuple[Any, list[Any]]] = {
-    "model.vocab_size": (1024, [0, -1, 1.5, "50257", True, None]),
-    "model.block_size": (64, [0, -128, 128.0, "128"]),
-    "model.n_layer": (4, [0, "6", None]),
+    "model.vocab_size": (1024, [0, -1, 1.5, "50257", True, None, 2**31]),
+    "model.block_size": (64, [0, -128, 128.0, "128", 2**31]),
+    "model.n_layer": (4, [0, "6", None, 10_001]),
     "model.n_head": (8, [0, 5, 7, 385, 6.0]),
     "model.n_embd": (192, [0, 385, -384, "wide"]),
     "model.dropout": (0, [1, 1.0, -0.1, math.nan, math.inf, "0.1", False]),
@@ -42,9 +42,9 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "data.synthetic_seed": (7, [-1, 0.5]),
     "train.max_iters": (10, [0, -5, 1e4, "20000"]),
     "train.stop_at": (100, [0, -1, 1.0, "end"]),
-    "train.batch_size": (1, [0, 2.5]),
+    "train.batch_size": (1, [0, 2.5, 2**31]),
     "train.gradient_accumulation_steps": (1, [0, -1]),
-    "train.micro_batch_size": (4, [0, "all", 4.0, None, True]),
+    "train.micro_batch_size": (4, [0, "all", 4.0, None, True, 2**31]),
     "train.windows": ("shuffled", ["Random", "", None]),
     "train.optimizer": ("muon", ["Muon", "sgd", None]),
     "train.schedule": ("wsd", ["WSD", "", None]),
@@ -59,7 +59,7 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "train.beta2": (0.999, [1.0, math.nan]),
     "train.grad_clip": (0, [-1, math.nan, math.inf]),
     "train.eval_interval": (1, [0, -1]),
-    "train.eval_windows": (1, [0]),
+    "train.eval_windows": (1, [0, 2**31]),
     "train.checkpoint_minutes": (0, [-1, math.nan, math.inf]),
     "train.keep_checkpoints": (5, [-1, 1.0, None, 1_001]),
     "train.dtype": ("bfloat16", ["fp16", "", None, 16]),
@@ -278,12 +278,14 @@ def assert_applied_or_rejected(recipe: Recipe, changes: dict[str, Any]) -> None:
     try:
         after = recipe.override(changes)
     except StoryLLMError as error:
-        assert len(str(error).splitlines()) == 1
+        message = str(error)
     else:
+        message = "applied"
         assert flat(after) == {**before, **changes}
         for name, value in changes.items():  # True is not a number here
             assert isinstance(field_of(after, name), bool) == isinstance(value, bool)
         assert Recipe.from_dict(json.loads(json.dumps(after.to_dict()))) == after
+    assert len(message.splitlines()) == 1
     assert flat(recipe) == before
 
 

@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoryLLMError, match="file/run"), lock_folder(tmp_path / "file" / "run"):
         pass
-    with pytest.raises(StoryLLMError, match="file/a.json"):
+    with pytest.raises(StoryLLMError, match=r"file/a\.json"):
         write_json(tmp_path / "file" / "a.json", {})
 
 

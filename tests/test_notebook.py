@@ -40,50 +40,41 @@ def committed():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-    """The notebook after a run with little data and few iterations."""
-    folder = tmp_path_factory.mktemp("notebook")
-    parameters = {
-        "recipe_name": "demo",
-        "data_dir": str(folder / "data"),
-        "checkpoint_dir": str(folder / "checkpoints"),
-        "overrides": {
-            "data.synthetic_stories": 400,
-            "train.max_iters": 30,
-            "train.eval_interval": 10,
-            "train.eval_windows": 8,
-            "train.device": "cpu",
-        },
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        return nbformat.read(run_notebook(NOTEBOOK, folder / "run", parameters), as_version=4)
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("which", ["executed", "committed"])
-def test_it_runs_from_top_to_bottom_without_errors(which, request):
-    cells = code_cells(request.getfixturevalue(which))
+def assert_complete(notebook):
+    """Every cell ran once, in order, without errors or warnings, and the figures are there."""
+    cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert cells_with_figures(notebook) == FIGURES
 
 
 @pytest.mark.timeout(600)
-def test_it_trains_generates_and_evaluates(executed):
-    assert cells_with_figures(executed) == FIGURES
+def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    """With little data and few iterations."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    overrides = {
+        "data.synthetic_stories": 400,
+        "train.max_iters": 30,
+        "train.eval_interval": 10,
+        "train.eval_windows": 8,
+        "train.device": "cpu",
+    }
+    folders = {"data_dir": str(tmp_path / "data"), "checkpoint_dir": str(tmp_path / "checkpoints")}
+    target = run_notebook(NOTEBOOK, tmp_path / "run", {"recipe_name": "demo", "overrides": overrides, **folders})
+    notebook = nbformat.read(target, as_version=4)
+    assert_complete(notebook)
     for cell_id in ("train", "second-train"):
-        assert "iteration     30" in printed(executed, cell_id)
-    assert printed(executed, "story").startswith("Once upon a time there was a pumpkin.")
-    assert printed(executed, "temperatures").count("Once upon a time") >= 4
-    assert "bits per byte" in printed(executed, "evaluate")
-    assert "Once upon a time" in printed(executed, "second-story")
+        assert "iteration     30" in printed(notebook, cell_id)
+    assert printed(notebook, "story").startswith("Once upon a time there was a pumpkin.")
+    assert printed(notebook, "temperatures").count("Once upon a time") >= 4
+    assert "bits per byte" in printed(notebook, "evaluate")
+    assert "Once upon a time" in printed(notebook, "second-story")
 
 
 def test_the_committed_copy_is_a_complete_run_of_demo_and_demo_fast(committed):
     nbformat.validate(committed)
-    assert cells_with_figures(committed) == FIGURES
+    assert_complete(committed)
     assert NOTEBOOK.stat().st_size < 1_500_000
     for name, cell_id in (("demo", "train"), ("demo-fast", "second-train")):
         last_iteration = storyllm.get_recipe(name).train.last_iteration

@@ -24,7 +24,8 @@ data.synthetic data.stories data.tokenizer data.token_file data.prepare data.win
 model.linear model.loss model.sampling model.kv_cache model.decoding model.gpt
 checkpoint storyteller
 evaluation.likelihood
-training.optimizer training.interrupt training.log training.execution training.progress training.run_folder training.loop
+training.optimizer training.interrupt training.log training.execution training.progress
+training.run_folder training.loop
 plots.style plots.loss_curves plots.architecture
 __init__ cli __main__
 """.split()

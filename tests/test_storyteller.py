@@ -191,7 +191,7 @@ def test_an_invalid_argument_is_rejected_before_the_first_piece(storyteller, fie
 
 @pytest.mark.parametrize("prompt", [None, 5, b"One", [5], ["One", None]])
 def test_a_prompt_that_is_not_text_is_rejected(storyteller, prompt):
-    with pytest.raises(StoryLLMError, match="prompt.*string"):
+    with pytest.raises(StoryLLMError, match=r"prompt.*string"):
         storyteller.generate(prompt)
 
 

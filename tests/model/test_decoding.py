@@ -85,13 +85,12 @@ class FakeCUDA:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failure: Exception | None = None) -> None:
         self.replays = 0
 
+        def replay(graph: object) -> None:
+            self.replays += 1
+
         class Stream:
             def __init__(self, *_: object) -> None: ...
             def wait_stream(self, _: object) -> None: ...
-
-        class Graph:
-            def replay(_self) -> None:
-                self.replays += 1
 
         @contextlib.contextmanager
         def graph(*_: object, **__: object):
@@ -103,7 +102,7 @@ class FakeCUDA:
             ("Stream", Stream),
             ("current_stream", Stream),
             ("stream", lambda _: contextlib.nullcontext()),
-            ("CUDAGraph", Graph),
+            ("CUDAGraph", type("CUDAGraph", (), {"replay": replay})),
             ("graph", graph),
         ]:
             monkeypatch.setattr(torch.cuda, name, replacement)

@@ -237,5 +237,5 @@ def test_input_longer_than_the_context_is_rejected(make_model, random_ids):
 
 
 def test_a_recipe_in_place_of_a_model_configuration_is_rejected():
-    with pytest.raises(StoryLLMError, match="Recipe.*GPTConfig"):
+    with pytest.raises(StoryLLMError, match=r"Recipe.*GPTConfig"):
         GPT(TINY)
