@@ -10,7 +10,7 @@ import hashlib
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import tiktoken
@@ -57,8 +57,10 @@ def train_bpe(stories: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     # the training by ending its input.
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(bpe.train_from_iterator, _chunks(stories, stopped), trainer)
-        try:
+        try:  # around `submit` too: an interrupt may arrive when the thread has already started
+            training = pool.submit(bpe.train_from_iterator, _chunks(stories, stopped), trainer)
+            while not training.done():  # not only `result`: a signal just before an unlimited wait does not end it
+                wait([training], timeout=0.1)
             training.result()
         finally:
             stopped.set()

@@ -31,6 +31,13 @@ def test_cache_does_not_change_the_tokens_within_and_beyond_the_context(make_mod
     assert torch.equal(cached, decoded(model, prompt, 40, use_cache=False, **sampling))
 
 
+def test_within_the_context_each_new_token_costs_one_position(make_model, random_ids):
+    model, lengths = make_model(), []
+    model.transformer["wte"].register_forward_hook(lambda _, arguments, __: lengths.append(arguments[0].size(1)))
+    list(decode(model, random_ids(2, 5), 15))
+    assert lengths == [5] + [1] * (CONTEXT - 5) + [CONTEXT] * 3
+
+
 def test_beyond_the_context_the_model_reads_the_last_block_size_tokens(make_model, random_ids):
     model, idx = make_model(), random_ids(2, 5)
     for new in decode(model, idx, 30, temperature=0.0):

@@ -128,7 +128,7 @@ def test_a_token_changes_no_earlier_logits(make_model, random_ids, flash_attenti
         assert changed[:, position:].all()
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (2, 3, 8, 16), (1, 2, 16, 5)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 4), (1, 2, 2, 8), (2, 3, 8, 16), (1, 2, 16, 5)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_flash_and_plain_attention_agree(make_model, shape, masked):
     torch.manual_seed(1)

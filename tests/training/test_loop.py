@@ -28,7 +28,7 @@ import storyllm
 from storyllm import GPT, RECIPES, StoryLLMError, load, lr_at, read_log, train
 from storyllm.checkpoint import load_checkpoint, save_checkpoint
 from storyllm.device import PEAK_FLOPS, resolve_device_config
-from storyllm.training.loop import evaluations_due, train_step
+from storyllm.training.loop import dropout_seed, evaluations_due, train_step
 from storyllm.training.optimizer import make_optimizer
 from storyllm.training.run_folder import TrainState
 
@@ -210,7 +210,6 @@ def test_fast_recipes_learn_in_twenty_updates(tiny_data, tmp_path, name):
     changes = {"train.max_iters": 20, "train.warmup_iters": 3, "train.batch_size": 2, "train.eval_interval": 20}
     changes |= {"train.eval_windows": 8, "train.device": "cpu", "model.n_layer": 2, "model.n_embd": 96}
     log = train(RECIPES[name].override(changes), tiny_data, tmp_path)
-    print(log.evaluations)
     assert log.evaluations[0]["val_loss"] == pytest.approx(math.log(300), abs=0.2)
     assert log.evaluations[-1]["val_loss"] < 3
 
@@ -242,6 +241,12 @@ def test_the_seed_determines_the_run(tiny_run, tiny_data, tmp_path):
     assert losses(tmp_path / "other")[1][0] != losses(tiny_run)[1][0]
 
 
+def test_every_update_of_every_seed_has_its_own_dropout():
+    seeds = [dropout_seed(seed, iteration) for seed in (0, 1, 2**63 - 1) for iteration in range(100)]
+    assert len(set(seeds)) == 300
+    assert all(0 <= seed < 2**63 for seed in seeds)  # as PyTorch's generators require
+
+
 def test_training_leaves_the_global_generators_alone(tiny_data, tmp_path):
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
     train(TINY.override({"train.stop_at": 4}), tiny_data, tmp_path)
@@ -255,6 +260,7 @@ def test_mfu_is_logged_if_the_peak_flops_are_known(tiny_data, tmp_path, monkeypa
     assert all(entry["mfu"] > 0 for entry in log.updates)
 
 
+@pytest.mark.timeout(600)  # for the C++ compiler on a busy machine
 def test_a_compiled_run_agrees_up_to_rounding(tiny_data, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler found")

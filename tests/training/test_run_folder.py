@@ -266,7 +266,7 @@ def test_a_log_that_lost_entries_is_resumed_with_a_warning(saved_run, data, kept
 def test_a_deleted_log_line_is_noticed(saved_run, data):
     """Entries after the last save make the log long enough, but its lines end elsewhere."""
     log = saved_run / "log.jsonl"
-    first, *rest = log.read_bytes().splitlines(keepends=True)
+    _, *rest = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join([*rest, b'{"event": "update", "iteration": 12, "learning_rate": 0.1}\n']))
     with pytest.warns(UserWarning, match=r"log\.jsonl lost"):
         state = RunFolder(saved_run, TINY, data).load()["state"]
