@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import STORY_FORMATS, parquet_bytes, random_stories
+from helpers import STORY_FORMATS, parquet_bytes, random_stories, txt_bytes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -114,6 +114,13 @@ def test_trailing_carriage_return_is_text(tmp_path: Path, suffix: str) -> None:
 def test_text_column(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"a{suffix}", VERBATIM, column="a.b ü")
     assert read(path, text_column="a.b ü") == VERBATIM
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("bom", [b"", BOM])
+def test_txt_of_any_editor(tmp_path: Path, newline: str, bom: bytes) -> None:
+    stories = [story.replace("\n", newline) for story in random_stories(12)]
+    assert read(write_bytes(tmp_path / "a.txt", bom + txt_bytes(stories, newline))) == stories
 
 
 def test_txt_with_windows_newlines_and_without_a_last_separator(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Kills a job at random points, runs it again each time, and compares the result: `python crashes.py --help`.
+"""Kills a job at random moments, restarts it each time, and compares its result with that of an uninterrupted job.
 
-Each attempt is a forked process, so that a kill does not cost another start of Python. It is killed by SIGKILL after a
-random time or at a random line of the code that writes files, or by SIGXFSZ within a write. The final result must equal
-that of the same job without kills.
+Run `PYTHONPATH=tests python tests/reliability/crashes.py --help`. Each attempt runs in a forked process, which takes no
+time to start. It is killed with SIGKILL after a random time or at a random line of the code that writes files, or
+within a write, by a limit on the size of files. Prints a report as JSON.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -34,24 +32,41 @@ from helpers import SAVE_EVERY_UPDATE, TINY, losses, weights
 import storyllm
 from storyllm import checkpoint, files
 from storyllm.data import prepare, token_file
-from storyllm.training import log
+from storyllm.training import log, run_folder
 
 RECIPE = TINY.override(
-    {"train.max_iters": 40, "train.gradient_accumulation_steps": 2, "train.eval_interval": 10, **SAVE_EVERY_UPDATE}
+    {
+        "train.max_iters": 40,
+        "train.gradient_accumulation_steps": 2,
+        "train.eval_interval": 10,
+        **SAVE_EVERY_UPDATE,
+    }
 )
-WRITERS = {module.__file__ for module in (files, log, checkpoint, prepare, token_file)}  # the code that writes files
+# The modules that write files. Kills at a random line concentrate on them.
+WRITING = {module.__file__ for module in (files, checkpoint, prepare, token_file, log, run_folder)}
+
+# How an attempt ends: after a time, at a line, within a write, or not at all.
+KILLS = ("time", "line", "write")
+
+
+class Job:
+    """A job that can be killed and restarted, in its folder."""
+
+    def __init__(self, run: Callable[[Path, Path], object], result: Callable[[Path], Any]) -> None:
+        self.run = run  # from the data folder to the job's folder
+        self.result = result  # everything in the job's folder that does not depend on time
 
 
 def run_training(data: Path, folder: Path) -> None:
     storyllm.train(RECIPE, data / "prepared", folder)
 
 
+def training_result(folder: Path) -> Any:
+    return losses(folder), [weights(folder, name) for name in ("last.pt", "best_model_params.pt")]
+
+
 def run_preparation(data: Path, folder: Path) -> None:
     storyllm.prepare(storyllm.DataConfig(source=str(data / "stories.txt"), tokenizer="bpe:300"), folder)
-
-
-def training_result(folder: Path) -> Any:
-    return losses(folder), weights(folder), weights(folder, "best_model_params.pt")
 
 
 def preparation_result(folder: Path) -> Any:
@@ -59,75 +74,95 @@ def preparation_result(folder: Path) -> Any:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-JOBS: dict[str, tuple[Callable[[Path, Path], None], Callable[[Path], Any]]] = {
-    "train": (run_training, training_result),
-    "prepare": (run_preparation, preparation_result),
-}
+JOBS = {"train": Job(run_training, training_result), "prepare": Job(run_preparation, preparation_result)}
 
 
-# Bugs that the campaign must find
+# Faults that the campaign must find
 
 
 @contextlib.contextmanager
-def write_in_place(path: Path, keep: int = 0) -> Any:
+def write_in_place(path: Path, keep: int = 0) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         yield file
 
 
-def open_without_truncating(writer: log.LogWriter, size: int) -> log.LogWriter:
-    return open_log(writer, sys.maxsize)
+def plant_torn_writes() -> None:
+    """Files are written in place instead of atomically."""
+    for module in (files, checkpoint, prepare):
+        module.atomic_write = write_in_place  # type: ignore[assignment]
 
 
-open_log = log.LogWriter.open
-GENERATOR = np.random.default_rng(0)
+class GrowingLog(log.LogWriter):
+    def open(self, size: int) -> log.LogWriter:
+        return super().open(sys.maxsize)
 
 
-def plant(bug: str) -> None:
-    """Plants a bug in the package."""
-    if bug == "in-place":  # files are not written atomically
-        for module in (files, checkpoint, prepare):
-            setattr(module, "atomic_write", write_in_place)  # noqa: B010
-    elif bug == "log":  # the log keeps the entries after the last save
-        log.LogWriter.open = open_without_truncating  # type: ignore[method-assign]
-    elif bug == "windows":  # one generator for all windows, seeded when the process starts
-        np.random.default_rng = lambda *_: GENERATOR  # type: ignore[assignment]
-    elif bug == "order":  # the .json is written after its .bin
-        write_json, replace = files.write_json, os.replace
-        delayed: list[tuple[Path, dict[str, Any]]] = []
-        prepare.write_json = lambda path, values: delayed.append((path, values))  # type: ignore[attr-defined]
-
-        def replace_then_write(source: Any, target: Any) -> None:
-            replace(source, target)
-            if delayed:
-                time.sleep(0.1)  # as on a slow disk, so that a kill hits it sooner
-            while delayed:
-                write_json(*delayed.pop())
-
-        files.os = type("os", (), {**vars(os), "replace": staticmethod(replace_then_write)})  # type: ignore[assignment]
+def plant_growing_log() -> None:
+    """The log is not truncated to what the saved state knows."""
+    run_folder.LogWriter = GrowingLog  # type: ignore[misc]
 
 
-# Running and killing
+def plant_one_generator() -> None:
+    """All windows come from one generator, which starts again with each process."""
+    generator = np.random.default_rng(0)
+    np.random.default_rng = lambda *_: generator  # type: ignore[assignment]
 
 
-def attempt(job: Callable[[], None], rng: random.Random, seconds: float, lines: int, size: int, how: str) -> int:
-    """Runs the job in a forked process that is killed at a random point, and returns its wait status."""
+def plant_forgotten_optimizer() -> None:
+    """The optimizer's state is not restored."""
+    run_folder.load_optimizer_state = lambda optimizer, state: None  # type: ignore[assignment]
+
+
+def plant_late_description() -> None:
+    """The description of a .bin is written after the .bin."""
+    descriptions: list[tuple[Path, dict[str, Any]]] = []
+
+    def write_json(path: Path, values: dict[str, Any]) -> None:
+        if path.name == token_file.VOCABULARY:
+            files.write_json(path, values)
+        else:
+            descriptions.append((path, values))
+
+    @contextlib.contextmanager
+    def atomic_write(path: Path, keep: int = 0) -> Iterator[IO[bytes]]:
+        with files.atomic_write(path, keep) as file:
+            yield file
+        time.sleep(0.1)  # as on a slow disk, so that a kill is likely to fall in between
+        while descriptions:
+            files.write_json(*descriptions.pop())
+
+    prepare.write_json, prepare.atomic_write = write_json, atomic_write  # type: ignore[assignment]
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "torn": plant_torn_writes,
+    "log": plant_growing_log,
+    "windows": plant_one_generator,
+    "optimizer": plant_forgotten_optimizer,
+    "order": plant_late_description,
+}
+
+
+# The campaign
+
+
+def attempt(run: Callable[[], object], before: Callable[[], object] = lambda: None, kill_after: float = -1) -> int:
+    """Calls `before` and `run` in a forked process; returns its status as os.waitpid does.
+
+    The process is killed after `kill_after` seconds if that is not negative.
+    """
     pid = os.fork()
     if pid:
-        if how == "time":
-            time.sleep(rng.uniform(0, seconds))
+        if kill_after >= 0:
+            time.sleep(kill_after)
             os.kill(pid, signal.SIGKILL)
         return os.waitpid(pid, 0)[1]
     code = 1
     try:
-        if how == "line":
-            kill_at_line(rng.randrange(1, lines))
-        elif how == "write":
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            limit = rng.randrange(1, size)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        before()
         with contextlib.redirect_stdout(io.StringIO()):
-            job()
+            run()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -136,99 +171,111 @@ def attempt(job: Callable[[], None], rng: random.Random, seconds: float, lines: 
 
 
 def kill_at_line(number: int) -> None:
-    """Kills this process before the `number`-th line that it executes in the modules that write files."""
-    remaining = number
+    """Kills this process at the `number`-th line that it executes in the modules that write files."""
+    left = number
 
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
-        nonlocal remaining
-        if frame.f_code.co_filename not in WRITERS:
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in WRITING:
             return None
         if event == "line":
-            remaining -= 1
-            if not remaining:
+            left -= 1
+            if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
     sys.settrace(trace)
 
 
-def count_lines(job: Callable[[], None]) -> int:
-    """The number of lines that the job executes in the modules that write files."""
-    read, write = os.pipe()
+def kill_at_size(size: int) -> None:
+    """Kills this process when it writes a file beyond `size` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def count_lines(run: Callable[[], object]) -> int:
+    """The lines that an uninterrupted job executes in the modules that write files."""
+    reader, writer = os.pipe()
     lines = 0
 
-    def trace(frame: FrameType, event: str, _: Any) -> Any:
+    def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal lines
+        if frame.f_code.co_filename not in WRITING:
+            return None
         lines += event == "line"
-        return trace if frame.f_code.co_filename in WRITERS else None
+        return trace
 
-    def traced_job() -> None:
-        sys.settrace(trace)
-        job()
-        os.write(write, b"%d" % lines)
+    def traced_run() -> None:
+        run()
+        sys.settrace(None)
+        os.write(writer, b"%d" % lines)
 
-    run_to_the_end(traced_job)
-    return int(os.read(read, 100))
+    if attempt(traced_run, before=lambda: sys.settrace(trace)):
+        raise SystemExit("the uninterrupted job fails")
+    return int(os.read(reader, 100))
 
 
-def run_to_the_end(job: Callable[[], None]) -> float:
-    """Runs the job without a kill, and returns its seconds."""
+def campaign(job: Job, data: Path, folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kills the job until it was killed `kills` times or a fault was found."""
+
+    def run() -> None:
+        job.run(data, folder)
+
     started = time.monotonic()
-    if attempt(job, random.Random(), 0, 0, 0, "never"):
-        raise SystemExit("the job fails even if it is not killed")
-    return time.monotonic() - started
+    if attempt(run):
+        raise SystemExit("the uninterrupted job fails")
+    seconds = time.monotonic() - started
+    expected = job.result(folder)
+    size = 2 * max(path.stat().st_size for path in folder.iterdir())
+    shutil.rmtree(folder)
+    lines = count_lines(run)
+    shutil.rmtree(folder)
 
+    def found_after(status: int) -> str:
+        """What is wrong after an attempt that was not killed; "" if nothing is."""
+        if status:
+            return f"exit code {os.waitstatus_to_exitcode(status)}"
+        try:
+            return "" if job.result(folder) == expected else "another result"
+        except storyllm.StoryLLMError as error:
+            return str(error)
 
-def difference(folder: Path, result: Callable[[Path], Any], expected: Any) -> list[str]:
-    """A description of what is wrong with a completed job, empty if nothing is."""
-    try:
-        return [] if result(folder) == expected else ["another result"]
-    except storyllm.StoryLLMError as error:
-        return [str(error)]
+    rng = random.Random(seed)
+    killed, completed = dict.fromkeys(KILLS, 0), 0
+    while sum(killed.values()) < kills:
+        kind = rng.choice(KILLS)
+        if kind == "time":
+            status = attempt(run, kill_after=rng.uniform(0, seconds))
+        elif kind == "line":
+            line = rng.randrange(1, max(2, lines // rng.choice((1, 10))))
+            status = attempt(run, before=lambda line=line: kill_at_line(line))
+        else:
+            limit = rng.randrange(1, size)
+            status = attempt(run, before=lambda limit=limit: kill_at_size(limit))
+        if os.WIFSIGNALED(status):
+            killed[kind] += 1
+            continue
+        completed += 1
+        if problem := found_after(status):
+            return {"killed": killed, "completed": completed, "found": f"{problem} (kind: {kind})"}
+        shutil.rmtree(folder)
+    return {"killed": killed, "completed": completed + 1, "found": found_after(attempt(run))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=JOBS)
     parser.add_argument("data", type=Path, help="folder with stories.txt and prepared/")
-    parser.add_argument("folder", type=Path, help="folder to work in")
+    parser.add_argument("folder", type=Path, help="new folder for the job")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bug", default="", help="a bug to plant: in-place, log, windows or order")
+    parser.add_argument("--fault", choices=FAULTS, help="plants a fault that the campaign must find")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    plant(options.bug)
-    job, result = JOBS[options.job]
-    work = options.folder / options.job
-
-    def run() -> None:
-        job(options.data, work)
-
-    seconds = run_to_the_end(run)
-    shutil.rmtree(work)
-    lines = count_lines(run)
-    size = 2 * max(path.stat().st_size for path in work.iterdir())
-    expected = result(work)
-    shutil.rmtree(work)
-    rng = random.Random(options.seed)
-    kills, completed, problems = dict.fromkeys(("time", "line", "write"), 0), 0, []
-    while sum(kills.values()) < options.kills and not problems:
-        how = rng.choice(list(kills))
-        status = attempt(run, rng, seconds, lines // rng.choice((1, 10)), size, how)
-        if os.WIFSIGNALED(status):
-            kills[how] += 1
-        elif status:
-            problems.append(f"after {sum(kills.values())} kills ({how}): exit code {os.waitstatus_to_exitcode(status)}")
-        else:
-            completed += 1
-            problems += difference(work, result, expected)
-            shutil.rmtree(work)
-    if not problems:
-        if status := attempt(run, rng, 0, 0, 0, "never"):
-            problems.append(f"at the end: exit code {os.waitstatus_to_exitcode(status)}")
-        else:
-            problems += difference(work, result, expected)
-    print(json.dumps({"kills": kills, "completed": completed + 1, "problems": problems}))
+    torch.optim.AdamW([torch.zeros(1)])  # imports much of PyTorch, which each attempt would otherwise do again
+    if options.fault:
+        FAULTS[options.fault]()
+    print(json.dumps(campaign(JOBS[options.job], options.data, options.folder, options.kills, options.seed)))
 
 
 if __name__ == "__main__":
