@@ -45,7 +45,7 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any], keep: int = 0) -
     except RuntimeError as error:  # raised by PyTorch's writer when the disk is full
         reason = " ".join(str(error).split())[:100]
         raise StoryLLMError(
-            f"cannot write {path} ({reason}); free some space (a previous file is unchanged)"
+            f"cannot write {path} ({reason}); free some disk space (an existing file is unchanged)"
         ) from error
 
 
@@ -72,7 +72,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise StoryLLMError(f"not enough memory to load {path}; close other programs") from error
     except Exception as error:  # zip, pickle and storage errors
         raise CorruptedCheckpointError(
-            f"{path} is corrupted or not a checkpoint ({type(error).__name__}); restore it, or pass another file"
+            f"{path} is corrupted or not a checkpoint ({type(error).__name__}); pass another file"
         ) from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
         raise CorruptedCheckpointError(f"{path} is not a StoryLLM checkpoint; pass a best_model_params.pt")
@@ -121,7 +121,7 @@ def restore_model(contents: dict[str, Any], path: str | Path) -> tuple[GPT, tikt
         weights = contents["model"]
         layers = sum(name.endswith(".ln_1.weight") for name in weights)
         if recipe.model.n_layer != layers:  # checked before the layers are created
-            raise StoryLLMError(f"weights of {layers} layers, n_layer is {recipe.model.n_layer}")
+            raise StoryLLMError(f"it has weights of {layers} layers, but n_layer is {recipe.model.n_layer}")
         with torch.device("meta"):  # allocates nothing: the weights come from the file
             model = GPT(recipe.model)
         if not all(weight.dtype == torch.float32 for weight in weights.values()):

@@ -49,7 +49,7 @@ class Prepare:
     data: OmitArgPrefixes[DataConfig]
     recipe: RecipeName = "faithful"
     out: Path = Path("data")  # output folder
-    overwrite: bool = False  # replace other data in the output folder
+    overwrite: bool = False  # replace existing data that was prepared with other settings
     verify: bool = False  # check the data in the output folder instead of preparing it
 
     def run(self) -> int:
@@ -98,15 +98,17 @@ class Train:
 class Generate:
     """Generate a story that begins with the prompt, and print it token by token."""
 
-    prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = ""  # beginning of the story
+    prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = (
+        ""  # beginning of the story; without it, the model chooses one
+    )
     checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`
     max_new_tokens: int = 200  # maximum length in tokens, not counting the prompt
-    temperature: float = 1.0  # 0 is greedy; lower is more conservative, higher more random
+    temperature: float = 1.0  # 0 is greedy decoding; higher is more random
     top_k: int | None = None  # sample only from the k most likely tokens
-    top_p: float | None = None  # sample only from the most likely tokens with this total probability
-    seed: int | None = None  # makes the story repeatable
+    top_p: float | None = None  # sample only from the smallest set of most likely tokens with at least this probability
+    seed: int | None = None  # random seed; the same seed gives the same story
     num_stories: int = 1  # number of stories, generated as one batch
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
 
     def run(self) -> int:
         if self.num_stories < 1:
@@ -135,7 +137,7 @@ class Evaluate:
 
     checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`
     data: Path = Path("data/validation.bin")  # .bin file prepared with the model's tokenizer
-    device: str = "auto"  # auto, cuda, mps or cpu
+    device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
 
     def run(self) -> int:
         report = evaluate(load(self.checkpoint, self.device), self.data)
@@ -163,7 +165,10 @@ class Plot:
 
 DESCRIPTION = """Train a small GPT from scratch to write children's stories.
 
-storyllm prepare --recipe demo  |  storyllm train --recipe demo  |  storyllm generate "Once upon a time"
+Example:
+  storyllm prepare --recipe demo
+  storyllm train --recipe demo
+  storyllm generate "Once upon a time"
 
 Each command has its own --help. Exit codes: 0 success, 2 invalid input, 130 interrupted, 143 terminated."""
 

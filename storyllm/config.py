@@ -140,7 +140,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training hyperparameters. An iteration is one batch of batch_size windows; all intervals are in iterations.
+    """The training hyperparameters. An iteration is one batch of batch_size windows; intervals are in iterations.
 
     Raises:
         StoryLLMError: a value is invalid.
@@ -150,25 +150,27 @@ class TrainConfig:
     stop_at: int | None = None  # stop early at this iteration; the schedule still ends at max_iters
     batch_size: int = 32  # windows per iteration
     gradient_accumulation_steps: int = 32  # iterations per optimizer update
-    micro_batch_size: int | Literal["auto"] = "auto"  # windows per forward pass; changes memory, not results
-    windows: Literal["random", "shuffled"] = "random"  # draw windows with ("random") or without replacement
+    micro_batch_size: int | Literal["auto"] = "auto"  # windows per forward pass; affects memory and speed only
+    windows: Literal["random", "shuffled"] = (
+        "random"  # sample windows with replacement ("random") or without ("shuffled")
+    )
     optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": Muon for the matrices in the blocks, AdamW for the rest
-    schedule: Literal["cosine", "wsd"] = "cosine"  # learning rate after warmup; "wsd": warmup-stable-decay
+    schedule: Literal["cosine", "wsd"] = "cosine"  # learning rate schedule after warmup; "wsd": warmup-stable-decay
     learning_rate: float = 1e-4  # learning rate at the end of warmup
-    min_lr: float = 5e-4  # learning rate at the end of training; larger than learning_rate in `faithful`
+    min_lr: float = 5e-4  # final learning rate; in `faithful` it is deliberately higher than learning_rate
     warmup_iters: int = 1_000  # iterations of linear warmup
     warmup_start_factor: float = 1 / 3  # warmup starts at this fraction of learning_rate
     decay_fraction: float = 0.0  # fraction of max_iters spent decaying to min_lr ("wsd" only)
     muon_lr_scale: float = 1.0  # Muon's learning rate relative to AdamW's
-    weight_decay: float = 0.1  # weight decay of matrices and embeddings
-    beta1: float = 0.9  # AdamW's decay rate of the first moment
-    beta2: float = 0.95  # AdamW's decay rate of the second moment
+    weight_decay: float = 0.1  # weight decay, applied to matrices and embeddings
+    beta1: float = 0.9  # AdamW beta1: decay rate of the first-moment average
+    beta2: float = 0.95  # AdamW beta2: decay rate of the second-moment average
     grad_clip: float = 0.5  # maximum gradient norm; 0 disables clipping
     eval_interval: int = 500  # iterations between evaluations
     eval_windows: int = 1_024  # windows per split in an evaluation, the same ones every time
     checkpoint_minutes: float = 2.0  # minutes between saves of last.pt
     keep_checkpoints: int = 2  # previous versions of last.pt to keep, in case it is corrupted
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of matrix multiplications
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
     compile: bool | Literal["auto"] = "auto"  # use torch.compile; "auto": for long runs on a CUDA GPU
     seed: int = 0  # seed of the initial weights, the windows and dropout
@@ -233,5 +235,5 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Recipe:
         """The inverse of `to_dict`. Raises StoryLLMError for unknown names and invalid values."""
         if not isinstance(values, Mapping) or not all(isinstance(fields, Mapping) for fields in values.values()):
-            raise StoryLLMError("not a recipe: expected the nested dictionaries of Recipe.to_dict")
+            raise StoryLLMError("not a recipe: expected a dictionary as returned by Recipe.to_dict")
         return cls().override({f"{part}.{name}": v for part, fields in values.items() for name, v in fields.items()})

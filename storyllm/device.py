@@ -86,7 +86,7 @@ def resolve_device(name: str = "auto") -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if _is_available("mps") else "cpu")
     if not _is_available(name):
-        raise StoryLLMError(f"device {name!r} is not available, must be 'auto', 'cuda', 'mps' or 'cpu'")
+        raise StoryLLMError(f"device {name!r} is not available on this machine; use 'auto' or 'cpu'")
     return torch.device(name)
 
 

@@ -68,7 +68,7 @@ class Storyteller:
         `next_token_probs`. Raises StoryLLMError if a parameter is invalid. Warns if a prompt exceeds the context.
         """
         if not isinstance(prompt, (str, list, tuple)):
-            raise StoryLLMError(f"prompt is a {type(prompt).__name__}, must be a string or a list of strings")
+            raise StoryLLMError(f"prompt is {type(prompt).__name__}, must be a string or a list of strings")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         stories = [""] * len(prompts)
         for row, piece in self._pieces(prompts, max_new_tokens, temperature, top_k, top_p, seed):
@@ -150,7 +150,7 @@ def _check_arguments(prompts: list[str], max_new_tokens: int, seed: int | None) 
     """Raises StoryLLMError for an invalid argument, before the first token is generated."""
     for prompt in prompts:
         if not isinstance(prompt, str):
-            raise StoryLLMError(f"a prompt is a {type(prompt).__name__}, must be a string")
+            raise StoryLLMError(f"a prompt is {type(prompt).__name__}, must be a string")
         check_whitespace(prompt, "the prompt")
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, must be an integer of at least 0")

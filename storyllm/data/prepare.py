@@ -34,7 +34,7 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
     or if the source or the tokenizer is unavailable.
     """
     if not isinstance(data, DataConfig):
-        raise StoryLLMError(f"data is a {type(data).__name__}, must be a DataConfig; pass recipe.data")
+        raise StoryLLMError(f"data is {type(data).__name__}, must be a DataConfig; pass recipe.data")
     out_dir = Path(out_dir)
     settings = {name: value for name, value in dataclasses.asdict(data).items() if name != "source"}
     # The fingerprint replaces the source's name: a local file that was moved is not prepared again.
@@ -79,7 +79,7 @@ def _check_no_other_data(out_dir: Path, paths: dict[str, Path], completed: dict[
         others.append(out_dir / VOCABULARY)
     if others:
         raise StoryLLMError(
-            f"{others[0]} holds other data (another source, tokenizer or setting); use another folder (--out), "
+            f"{others[0]} was prepared with another source, tokenizer or setting; use another folder (--out), "
             "or pass overwrite=True (--overwrite) to replace it"
         )
 

@@ -111,7 +111,7 @@ def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
     if data.source == TINYSTORIES and len(part) != TINYSTORIES_COUNTS[split]:
         raise StoryLLMError(
             f"{TINYSTORIES} has {len(part):,} {split} stories, must be {TINYSTORIES_COUNTS[split]:,}; "
-            "delete it from the datasets cache and prepare the data again"
+            "the download is incomplete or the dataset has changed: clear the datasets cache, or use local files"
         )
     stories: Iterator[Any] = (story for batch in part.iter(batch_size=1_000) for story in batch[data.text_column])
     if not has_both_splits:
@@ -121,7 +121,7 @@ def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
 
 def _missing_column(column: str, columns: list[str]) -> str:
     available = ", ".join(columns[:20])[:300]
-    return f"has no column {column[:100]!r}, only {available}; set data.text_column"
+    return f"has no column {column[:100]!r}, only {available}; set data.text_column (--text-column)"
 
 
 # Local files
@@ -199,7 +199,8 @@ def _jsonl_stories(path: Path, column: str) -> Iterator[object]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             key = repr(column[:100])
             raise StoryLLMError(
-                f"{path} line {number} is not a JSON object with the key {key}; fix the line, or set data.text_column"
+                f"{path} line {number} is not a JSON object with the key {key}; fix the line, or set "
+                "data.text_column (--text-column)"
             ) from error
         yield story
 
@@ -240,7 +241,9 @@ def _validated(stories: Iterable[object], source: str) -> Iterator[str]:
     """The same stories. Raises StoryLLMError for one that is not Unicode text or that tiktoken cannot encode."""
     for number, story in enumerate(stories, 1):
         if not isinstance(story, str):
-            raise StoryLLMError(f"{source} story {number} is {type(story).__name__}, must be text; set text_column")
+            raise StoryLLMError(
+                f"{source} story {number} is {type(story).__name__}, must be text; set data.text_column (--text-column)"
+            )
         try:
             story.encode("utf-8")
         except UnicodeEncodeError as error:

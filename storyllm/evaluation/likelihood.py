@@ -46,7 +46,7 @@ def evaluate(storyteller: Storyteller, data: str | Path) -> Report:
     """
     if not isinstance(storyteller, Storyteller):
         raise StoryLLMError(
-            f"evaluate got a {type(storyteller).__name__}, expected a Storyteller; use storyllm.load(path)"
+            f"evaluate got {type(storyteller).__name__}, expected a Storyteller; use storyllm.load(path)"
         )
     tokens = open_token_file(data)
     if tokens.info.tokenizer_hash != tokenizer_hash(storyteller.tokenizer):

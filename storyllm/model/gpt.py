@@ -93,7 +93,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if not isinstance(config, GPTConfig):
-            raise StoryLLMError(f"GPT got a {type(config).__name__}, expected a GPTConfig; pass recipe.model")
+            raise StoryLLMError(f"GPT got {type(config).__name__}, expected a GPTConfig; pass recipe.model")
         self.config = config
         self.transformer = nn.ModuleDict(
             {

@@ -77,7 +77,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
     use by another process, if the loss is not finite, and if disk space or memory run out.
     """
     if not isinstance(recipe, Recipe):
-        raise StoryLLMError(f"train got a {type(recipe).__name__}, expected a Recipe; use storyllm.get_recipe(name)")
+        raise StoryLLMError(f"train got {type(recipe).__name__}, expected a Recipe; use storyllm.get_recipe(name)")
     data = open_dataset(data_dir)
     model_config = dataclasses.replace(recipe.model, vocab_size=data.train.info.vocab_size)
     recipe = Recipe(model=model_config, data=data.config, train=recipe.train)

@@ -64,7 +64,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if not muon_groups:
         return adamw
     if not hasattr(torch.optim, "Muon"):
-        raise StoryLLMError(f"optimizer 'muon' needs PyTorch 2.9, this is {torch.__version__}; use 'adamw'")
+        raise StoryLLMError(
+            f"optimizer 'muon' needs PyTorch 2.9 or newer, this is {torch.__version__}; upgrade, or use 'adamw'"
+        )
     # match_rms_adamw scales the updates to the size of AdamW's, so both share a learning rate (Liu et al. 2025).
     return MuonAndAdamW(torch.optim.Muon(muon_groups, config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
 

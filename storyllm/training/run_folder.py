@@ -132,7 +132,7 @@ class RunFolder:
                 f"{path} is corrupted or from another version of StoryLLM; use another checkpoint folder"
             ) from error
         if not same_data:
-            raise StoryLLMError(f"{path} was trained on other data; use that data, or another checkpoint folder")
+            raise StoryLLMError(f"{path} belongs to a run on other data; use that data, or another checkpoint folder")
         before, now = saved["recipe"].to_dict(), self.recipe.to_dict()
         changes = [
             f"{part}.{name} was {before[part][name]!r}, now {value!r}"
@@ -224,7 +224,7 @@ class RunFolder:
         """The error for a loss or weights that are not finite."""
         return StoryLLMError(
             f"{problem} at iteration {iteration}, learning rate {lr_at(iteration, self.recipe.train):.2e}; lower "
-            f"train.learning_rate and use another checkpoint folder ({self.path} keeps the last finite state)"
+            f"train.learning_rate and use another checkpoint folder (the last good state is kept in {self.path})"
         )
 
 

@@ -74,8 +74,8 @@ def count_refused(path: Path, cases: Iterable[Case], read: Callable[[], Any], is
             value = read()
         except StoryLLMError as error:
             message = str(error)
-            assert path.name in message or path.with_suffix(".bin").name in message, (description, message)  # noqa: PT017
-            assert len(message.splitlines()) == 1  # noqa: PT017
+            assert path.name in message or path.with_suffix(".bin").name in message, (description, message)
+            assert len(message.splitlines()) == 1
             refused += 1
         except Exception as error:
             raise AssertionError(f"{path.name}, {description}: {error!r}") from error
