@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY_MODEL_OPTIONS, flip_bit
 
 import storyllm
@@ -190,6 +192,31 @@ def test_a_warning_is_one_line(run, capsys):
     assert main(["generate", "--checkpoint", str(run / "last.pt"), "--max-new-tokens", "2", long_prompt]) == 0
     error = capsys.readouterr().err
     assert re.fullmatch(r"storyllm: .*prompt.*\b16\b.*\n", error)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_has_the_exit_code_of_the_signal(
+    signum, code, tiny_data, tmp_path, monkeypatch, capsys
+):
+    clip = torch.nn.utils.clip_grad_norm_
+    # Called once per update.
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: signal.raise_signal(signum) or clip(*a))
+    assert main([*TRAIN, "--data-dir", str(tiny_data), "--checkpoint-dir", str(tmp_path / "run")]) == code
+    assert "same command again" in capsys.readouterr().out
+    assert read_log(tmp_path / "run" / "log.jsonl").updates[-1]["iteration"] == 1
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "term")]
+)
+def test_other_interrupted_commands_print_one_line(signum, code, word, run, monkeypatch, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(torch, "load", lambda *_, **__: signal.raise_signal(signum))
+    assert main(["generate", "--checkpoint", str(run / "last.pt")]) == code
+    error = capsys.readouterr().err
+    assert word in error
+    assert error.count("\n") == 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_control_characters_are_not_printed(run, capsys):
