@@ -58,7 +58,7 @@ RECIPES: dict[str, Recipe] = {
         data=DataConfig(tokenizer="bpe:4096"),
         train=dataclasses.replace(_FAST.train, max_iters=15_000, eval_interval=500),
     ),
-    # From nothing to a readable story in under three minutes on two CPU cores, without a network connection.
+    # From nothing to a readable story within a few minutes on two CPU cores, without a network connection.
     "demo": _DEMO,
     # The model and data of `demo` with the settings of `fast` and a third of the tokens.
     "demo-fast": dataclasses.replace(_DEMO, train=dataclasses.replace(_FAST.train, max_iters=1_200, batch_size=4)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from helpers import SAMPLE_DATA, TINY, random_stories
 import storyllm
 
 torch.set_num_threads(1)  # more threads only add overhead for models this small
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ def test_auto_prefers_cuda(monkeypatch, cuda, mps, expected):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "meta!", "xpu", "cpu:x"])
 def test_an_unavailable_device_is_rejected(name):
-    with pytest.raises(StoryLLMError, match=f"{name!r}.*'auto', 'cuda', 'mps' or 'cpu'"):
+    with pytest.raises(StoryLLMError, match=f"{name!r}.*'auto'"):
         resolve_device(name)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import STORY_FORMATS, parquet_bytes, random_stories, txt_bytes
+from helpers import STORY_FORMATS, random_stories, txt_bytes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -355,18 +355,6 @@ def test_parquet_columns_that_are_not_text_are_refused(tmp_path: Path) -> None:
     binary = pa.array([b"ab"], pa.binary(2))
     for column in ([1], [1.5], [True], [None], [{"text": "a"}], [["a"]], [b"a"], [b"\xff"], binary):
         assert "must be text" in error_of(write(tmp_path / "a.parquet", column))
-
-
-@pytest.mark.parametrize("keep", [0, 3, 4, 8, 1_000, -1, -8, -100])
-def test_truncated_parquet_is_refused(tmp_path: Path, keep: int) -> None:
-    content = parquet_bytes(random_stories(50), compression="none")
-    assert "Parquet" in error_of(write_bytes(tmp_path / "a.parquet", content[:keep]))
-
-
-def test_corrupted_parquet_is_refused(tmp_path: Path) -> None:
-    content = bytearray(parquet_bytes(random_stories(200), compression="none", row_group_size=50, use_dictionary=False))
-    content[len(content) // 2 : len(content) // 2 + 9_000] = b"\xff" * 9_000
-    error_of(write_bytes(tmp_path / "a.parquet", content))
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file is unreadable for every user here")
