@@ -76,6 +76,7 @@ def test_the_readme_lists_every_script_and_make_bench_runs_those_for_a_cpu():
     assert set(re.findall(r"benchmarks/(\w+\.py)", makefile)) == set(SMALLEST) - not_in_make_bench
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", IN_PROCESS)
 def test_a_benchmark_prints_a_table(run_benchmark, script):
     code, out, _ = run_benchmark(script, SMALLEST[script] + IN_PROCESS[script])
