@@ -128,7 +128,7 @@ def restore_model(contents: dict[str, Any], path: str | Path) -> tuple[GPT, tikt
             raise StoryLLMError("the weights are not float32")
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
-    except (StoryLLMError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (StoryLLMError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StoryLLMError(
             f"the weights in {path} do not match its configuration ({reason}); pass another file"

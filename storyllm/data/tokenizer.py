@@ -123,7 +123,7 @@ def tokenizer_from_dict(values: dict[str, Any]) -> tiktoken.Encoding:
     try:
         tokens = [base64.b64decode(token, validate=True) for token in values["tokens"].split(" ")]
         return _encoding(str(values["name"]), tokens)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise StoryLLMError("the vocabulary was not written by StoryLLM; prepare the data again") from error
 
 

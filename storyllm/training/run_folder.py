@@ -127,7 +127,7 @@ class RunFolder:
                 raise TypeError("device or micro_batch_size is invalid")
             if not 1 <= saved["micro_batch_size"] < 2**63:
                 raise ValueError("micro_batch_size is out of range")
-        except (StoryLLMError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (StoryLLMError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise StoryLLMError(
                 f"{path} is corrupted or from another version of StoryLLM; use another checkpoint folder"
             ) from error
@@ -185,7 +185,7 @@ class RunFolder:
                 if not all(type(value) in (int, float) for value in saved["scaler"].values()):
                     raise TypeError("invalid scaler state")
                 scaler.load_state_dict(saved["scaler"])
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise StoryLLMError(
                 f"{self.last} does not match the model ({reason}); use another checkpoint folder"

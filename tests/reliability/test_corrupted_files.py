@@ -24,7 +24,9 @@ from storyllm.data.tokenizer import tokenizer_hash
 Case = tuple[str, bytes]  # what was done to a file, and its content then
 
 # The campaign tries many times as many places as the ordinary tests.
-sample_and_campaign = pytest.mark.parametrize("factor", [1, pytest.param(20, marks=pytest.mark.campaign)])
+sample_and_campaign = pytest.mark.parametrize(
+    "factor", [1, pytest.param(20, marks=[pytest.mark.campaign, pytest.mark.timeout(1_000)])]
+)
 
 
 @pytest.fixture

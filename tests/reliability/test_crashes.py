@@ -59,10 +59,7 @@ def test_many_kills_do_not_change_the_result(data, tmp_path, job, kills, seed):
 
 @pytest.mark.campaign
 @pytest.mark.timeout(1_000)
-@pytest.mark.parametrize(
-    ("job", "fault"),
-    [("train", "torn"), ("train", "log"), ("train", "windows"), ("train", "optimizer"), ("prepare", "torn")],
-)
-def test_every_planted_fault_is_found(data, tmp_path, job, fault):
-    report, _ = campaign(job, data, tmp_path, "--kills", 60 if job == "train" else 400, "--fault", fault)
+@pytest.mark.parametrize("fault", ["log", "windows", "optimizer"])
+def test_the_other_planted_faults_are_found(data, tmp_path, fault):
+    report, _ = campaign("train", data, tmp_path, "--kills", 60, "--fault", fault)
     assert report["found"]
