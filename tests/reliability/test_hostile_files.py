@@ -138,7 +138,7 @@ def expanded_tensor(contents: Contents) -> None:
 
 def overlapping_views(contents: Contents) -> None:
     weight = torch.zeros(1_000_000)
-    contents["more"] = [weight[i : i + 900_000] for i in range(50_000)]
+    contents["more"] = [weight[i : i + 900_000] for i in range(5_000)]
 
 
 def nested_references(contents: Contents) -> None:
