@@ -6,7 +6,7 @@ ones when it resumes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +37,7 @@ def training_batch(
 
 
 def evaluation_windows(
-    tokens_by_split: Mapping[str, TokenFile] | Dataset, block_size: int, config: TrainConfig
+    dataset: Dataset, block_size: int, config: TrainConfig
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The windows of each split that every evaluation of a run reads: (eval_windows, block_size) inputs and targets.
 
@@ -46,7 +46,7 @@ def evaluation_windows(
     rng = np.random.default_rng((EVALUATION, config.seed))
     windows = {}
     for split in SPLITS:
-        tokens = tokens_by_split[split]
+        tokens = dataset[split]
         with _prefix_errors(tokens.path):
             windows[split] = random_windows(tokens.ids, block_size, config.eval_windows, rng)
     return windows

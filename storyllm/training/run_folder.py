@@ -94,24 +94,22 @@ class RunFolder:
         return saved
 
     def _newest_intact(self) -> dict[str, Any] | None:
-        path = self.last
-        versions = saved_versions(path)
-        corrupted: list[Path] = []
-        for version in versions:
+        corrupted: dict[Path, CorruptedCheckpointError] = {}
+        for version in saved_versions(self.last):
             try:
                 saved = load_checkpoint(version)
-            except CorruptedCheckpointError:
-                corrupted.append(version)
+            except CorruptedCheckpointError as error:
+                corrupted[version] = error
                 continue
             for bad in corrupted:
                 os.replace(bad, bad.with_name(f"{bad.name}.corrupted"))
-            if version != path:
+            if version != self.last:
                 names = ", ".join(bad.name for bad in corrupted)
                 reason = f"{names} is corrupted" if corrupted else f"{LAST} is missing"
                 self.log.warn(f"{reason}; resuming from the earlier {version}")
             return saved
-        if versions:
-            load_checkpoint(versions[0])  # raises the error of the newest version
+        if corrupted:
+            raise next(iter(corrupted.values()))  # the error of the newest version
         return None
 
     def _validate(self, saved: dict[str, Any]) -> None:

@@ -204,7 +204,7 @@ def test_training_batch_uses_the_configured_windows(dataset: Dataset) -> None:
 
 def test_evaluation_windows_are_fixed_and_independent_of_training(dataset: Dataset) -> None:
     windows = evaluation_windows(dataset, 16, CONFIG)
-    again = evaluation_windows({"train": dataset.train, "validation": dataset.validation}, 16, CONFIG)
+    again = evaluation_windows(dataset, 16, CONFIG)
     other_seed = evaluation_windows(dataset, 16, dataclasses.replace(CONFIG, seed=1))
     rng = np.random.default_rng((EVALUATION, CONFIG.seed))
     assert list(windows) == ["train", "validation"]
@@ -220,6 +220,6 @@ def test_file_with_too_few_tokens_is_named(dataset: Dataset, windows: str) -> No
     config = dataclasses.replace(CONFIG, windows=windows)
     with pytest.raises(StoryLLMError, match=r"train\.bin.*16 tokens.*17"):
         training_batch(first_tokens(dataset.train, 16), 16, config, 0)
-    splits = {"train": dataset.train, "validation": first_tokens(dataset.validation, 16)}
+    short = dataclasses.replace(dataset, validation=first_tokens(dataset.validation, 16))
     with pytest.raises(StoryLLMError, match=r"validation\.bin.*16 tokens.*17"):
-        evaluation_windows(splits, 16, config)
+        evaluation_windows(short, 16, config)
