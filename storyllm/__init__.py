@@ -10,7 +10,7 @@ from .model.sampling import next_token_probs
 from .plots.architecture import plot_architecture
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
-from .storyteller import Storyteller, load
+from .storyteller import Storyteller, load, wrap
 from .training.log import Log, read_log
 from .training.loop import train
 from .training.optimizer import lr_at
@@ -43,4 +43,5 @@ __all__ = [
     "read_stories",
     "train",
     "verify",
+    "wrap",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,7 +26,7 @@ from .evaluation.likelihood import evaluate
 from .files import os_error
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
-from .storyteller import load
+from .storyteller import DEFAULT_MAX_NEW_TOKENS, load, wrap
 from .training.interrupt import Terminated, raise_interrupt
 from .training.loop import train
 from .training.run_folder import BEST, LOG
@@ -101,8 +102,8 @@ class Generate:
     prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = (
         ""  # beginning of the story; without it, the model chooses one
     )
-    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`
-    max_new_tokens: int = 200  # maximum length in tokens, not counting the prompt
+    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or the folder that has it
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # maximum length in tokens, not counting the prompt
     temperature: float = 1.0  # 0 is greedy decoding; higher is more random
     top_k: int | None = None  # sample only from the k most likely tokens
     top_p: float | None = None  # sample only from the smallest set of most likely tokens with at least this probability
@@ -113,7 +114,7 @@ class Generate:
     def run(self) -> int:
         if self.num_stories < 1:
             raise StoryLLMError(f"num_stories is {self.num_stories}, must be at least 1")
-        storyteller = load(self.checkpoint, self.device)
+        storyteller = load(_file_in(self.checkpoint, BEST), self.device)
         sampling: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -121,13 +122,17 @@ class Generate:
             "top_p": self.top_p,
             "seed": self.seed,
         }
-        if self.num_stories == 1:
-            for piece in storyteller.stream(self.prompt, **sampling):
+        with warnings.catch_warnings(record=True) as caught:  # shown after the story, not within it
+            if self.num_stories == 1:
+                pieces = storyteller.stream(self.prompt, **sampling)
+            else:
+                stories = storyteller.generate([self.prompt] * self.num_stories, **sampling)
+                pieces = iter(["\n\n---\n\n".join(stories)])
+            for piece in wrap(pieces, shutil.get_terminal_size().columns) if sys.stdout.isatty() else pieces:
                 print(printable(piece), end="", flush=True)
             print()
-        else:
-            stories = storyteller.generate([self.prompt] * self.num_stories, **sampling)
-            print(printable("\n\n---\n\n".join(stories)))
+        for warning in caught:
+            warnings.warn(warning.message, stacklevel=1)
         return 0
 
 
@@ -135,12 +140,13 @@ class Generate:
 class Evaluate:
     """Print a model's loss, perplexity and bits per byte over a complete .bin file."""
 
-    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`
-    data: Path = Path("data/validation.bin")  # .bin file prepared with the model's tokenizer
+    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or the folder that has it
+    data: Path = Path("data/validation.bin")  # .bin prepared with the model's tokenizer, or the folder that has it
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
 
     def run(self) -> int:
-        report = evaluate(load(self.checkpoint, self.device), self.data)
+        storyteller = load(_file_in(self.checkpoint, BEST), self.device)
+        report = evaluate(storyteller, _file_in(self.data, "validation.bin"))
         print(f"loss           {report.loss:.4f} nats per token ({report.tokens:,} tokens)")
         print(f"perplexity     {report.perplexity:.2f}")
         print(f"bits per byte  {report.bits_per_byte:.4f} ({report.bytes:,} bytes of text)")
@@ -151,14 +157,17 @@ class Evaluate:
 class Plot:
     """Plot the loss curves of a run, or compare the validation losses of several runs."""
 
-    log: tuple[Path, ...] = (Path("checkpoints") / LOG,)  # one or more logs written by `storyllm train`
+    logs: Annotated[Positional[tuple[Path, ...]], arg(metavar="[LOG ...]")] = (
+        Path("checkpoints") / LOG,
+    )  # one or more logs written by `storyllm train`, or the folders that have them
     out: Path = Path("losses.png")  # image file: .png, .svg or .pdf
 
     def run(self) -> int:
-        if len(self.log) == 1:
-            plot_losses(self.log[0], self.out)
+        logs = [_file_in(log, LOG) for log in self.logs]
+        if len(logs) == 1:
+            plot_losses(logs[0], self.out)
         else:
-            plot_runs({str(log.parent if log.name == LOG else log): log for log in self.log}, self.out)
+            plot_runs({str(log.parent if log.name == LOG else log): log for log in logs}, self.out)
         print(printable(str(self.out)))
         return 0
 
@@ -244,6 +253,11 @@ def _selected_recipe(arguments: list[str]) -> Recipe:
     """The recipe selected by --recipe, whose values are the defaults of the other options."""
     known, _ = tyro.cli(RecipeOption, args=arguments, return_unknown_args=True, add_help=False)
     return get_recipe(known.recipe)
+
+
+def _file_in(path: Path, name: str) -> Path:
+    """The file of that name if `path` is a folder, otherwise `path` itself."""
+    return path / name if path.is_dir() else path
 
 
 def _print_error(message: str) -> None:

@@ -31,6 +31,10 @@ class StoryLLMError(Exception):
         # The message may quote untrusted files.
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback."""
+        return [f"StoryLLMError: {self}"]
+
 
 def _check_types(config: Any) -> None:
     """Raises StoryLLMError unless each field has its declared type. Converts an int to float where needed."""
@@ -166,7 +170,7 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW beta1: decay rate of the first-moment average
     beta2: float = 0.95  # AdamW beta2: decay rate of the second-moment average
     grad_clip: float = 0.5  # maximum gradient norm; 0 disables clipping
-    eval_interval: int = 500  # iterations between evaluations
+    eval_interval: int | Literal["auto"] = "auto"  # iterations between evaluations; "auto": 500, or less in a short run
     eval_windows: int = 1_024  # windows per split in an evaluation, the same ones every time
     checkpoint_minutes: float = 2.0  # minutes between saves of last.pt
     keep_checkpoints: int = 2  # previous versions of last.pt to keep, in case it is corrupted
@@ -179,6 +183,13 @@ class TrainConfig:
     def windows_per_update(self) -> int:
         """Windows in a full optimizer update."""
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Iterations between evaluations: `eval_interval`; for "auto" 500, in a short run a twentieth of it."""
+        if self.eval_interval == "auto":
+            return max(1, min(500, self.max_iters // 20))
+        return self.eval_interval
 
     @property
     def last_iteration(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import overload
 
@@ -18,6 +20,9 @@ from .device import resolve_device
 from .model.decoding import decode
 from .model.gpt import GPT
 from .model.sampling import check_sampling
+
+
+DEFAULT_MAX_NEW_TOKENS = 500  # nearly all stories of TinyStories and of the synthetic generator are shorter
 
 
 class Storyteller:
@@ -55,7 +60,7 @@ class Storyteller:
     def generate(
         self,
         prompt: str | Sequence[str] = "",
-        max_new_tokens: int = 200,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -65,7 +70,8 @@ class Storyteller:
 
         With an empty prompt the model starts from the end-of-text token. A story ends at the end-of-text token or after
         `max_new_tokens`. `seed` makes it repeatable on the same machine. For temperature, top_k and top_p see
-        `next_token_probs`. Raises StoryLLMError if a parameter is invalid. Warns if a prompt exceeds the context.
+        `next_token_probs`. Raises StoryLLMError if a parameter is invalid. Warns if a prompt exceeds the context, and if
+        `max_new_tokens` truncated a story.
         """
         if not isinstance(prompt, (str, list, tuple)):
             raise StoryLLMError(f"prompt is {type(prompt).__name__}, must be a string or a list of strings")
@@ -78,7 +84,7 @@ class Storyteller:
     def stream(
         self,
         prompt: str = "",
-        max_new_tokens: int = 200,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -119,7 +125,7 @@ class Storyteller:
         # A character may span several tokens: an incremental decoder holds its bytes back until it is complete.
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
         ends = [len(ids) + max_new_tokens for ids in rows]
-        unfinished = set(range(len(rows)))
+        unfinished, truncated = set(range(len(rows))), 0
         new_ids = decode(self.model, idx, end - start, temperature, top_k, top_p, generator, forced=forced[start:])
         for position, next_ids in enumerate(new_ids, start):
             for row, token in enumerate(next_ids.tolist()):
@@ -132,8 +138,12 @@ class Storyteller:
                     yield row, piece
                 if is_last:
                     unfinished.discard(row)
+                    truncated += not is_eot
             if not unfinished:
-                return
+                break
+        if truncated:
+            subject = "the story" if len(rows) == 1 else f"{truncated} of {len(rows)} stories"
+            warnings.warn(f"{subject} did not end within max_new_tokens ({max_new_tokens}); raise it", stacklevel=3)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
         ids = self.tokenizer.encode_ordinary(prompt) or [self.tokenizer.eot_token]
@@ -156,6 +166,23 @@ def _check_arguments(prompts: list[str], max_new_tokens: int, seed: int | None) 
         raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, must be an integer of at least 0")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
         raise StoryLLMError(f"seed is {seed!r}, must be an integer from 0 to 2**63 - 1, or None")
+
+
+def wrap(pieces: Iterable[str], width: int) -> Iterator[str]:
+    """Breaks lines after at most `width` characters, at spaces. Yields each word as soon as it is complete.
+
+    `pieces` are those of `Storyteller.stream`, or a list with a whole story.
+    """
+    column, text = 0, ""
+    for piece in chain(pieces, [None]):
+        text += piece or ""
+        # A word with the whitespace before it is complete when whitespace follows it, or at the end.
+        for word in re.findall(r"\s*\S+(?=\s)" if piece is not None else r"\s*\S+|\s+", text):
+            text = text[len(word) :]
+            if "\n" not in word and column and column + len(word) > width:
+                word = "\n" + word.lstrip()
+            column = len(word.rpartition("\n")[2]) + (0 if "\n" in word else column)
+            yield word
 
 
 def load(path: str | Path, device: str = "auto") -> Storyteller:

@@ -4,11 +4,14 @@
     python tests/run_notebook.py StoryLLM.ipynb run recipe_name=demo
 
 Writes run/StoryLLM.ipynb and run/StoryLLM.html. Parameters are set in a new cell after the one tagged "parameters", as
-papermill does. On the command line, they are strings.
+papermill does. On the command line, they are strings. Ctrl-C interrupts the current cell, so training saves its progress.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -21,7 +24,15 @@ from nbclient.exceptions import CellExecutionError
 
 
 class PrintingClient(NotebookClient):
-    """A notebook client that also prints the text output of the cells."""
+    """A notebook client that also prints the text output of the cells, and passes Ctrl-C on to the kernel."""
+
+    async def async_start_new_kernel_client(self, **options: Any) -> Any:
+        client = await super().async_start_new_kernel_client(**options)
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # Windows, or not the main thread
+            asyncio.get_running_loop().add_signal_handler(
+                signal.SIGINT, lambda: asyncio.ensure_future(self.km.interrupt_kernel())
+            )
+        return client
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
         if msg["msg_type"] == "stream":
@@ -61,8 +72,10 @@ def main() -> int:
     try:
         target = run_notebook(Path(source), Path(out_dir), dict(setting.split("=", 1) for setting in settings))
     except CellExecutionError as error:
-        print(f"{source} failed: {error.ename}: {error.evalue}", file=sys.stderr)
-        return 1
+        print(f"{source} stopped: {error.ename}: {error.evalue}".rstrip(": "), file=sys.stderr)
+        return 130 if "interrupt" in f"{error.ename} {error.evalue}".lower() else 1
+    except KeyboardInterrupt:  # before the kernel has started
+        return 130
     from nbconvert import HTMLExporter
 
     page = target.with_suffix(".html")

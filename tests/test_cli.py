@@ -59,7 +59,7 @@ def test_all_commands_work_together(tmp_path, capsys, monkeypatch):
     )
     assert output_of(capsys, "plot") == "losses.png\n"
     (tmp_path / "copy.jsonl").write_bytes((tmp_path / "checkpoints" / "log.jsonl").read_bytes())
-    output_of(capsys, *"plot --log checkpoints/log.jsonl copy.jsonl --out both.png".split())
+    output_of(capsys, *"plot checkpoints copy.jsonl --out both.png".split())
     for name in ("losses.png", "both.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     files = {path.name for path in (tmp_path / "checkpoints").iterdir()}
@@ -74,6 +74,34 @@ def test_options_and_recipe_defaults_reach_the_run(run):
     assert recipe.train == dataclasses.replace(
         RECIPES["demo"].train, batch_size=2, eval_windows=4, device="cpu", max_iters=6
     )
+
+
+def test_a_folder_stands_for_its_file(run, tiny_data, capsys):
+    for options in ([], ["--data", str(tiny_data / "validation.bin")]):
+        command = ["evaluate", "--checkpoint", str(run), "--data", str(tiny_data), *options]
+        assert "nats per token" in output_of(capsys, *command)
+    generate = ["generate", "--max-new-tokens", "3", "--temperature", "0", "--checkpoint"]
+    assert output_of(capsys, *generate, str(run)) == output_of(capsys, *generate, str(run / "best_model_params.pt"))
+
+
+def test_a_terminal_shows_stories_with_lines_broken_at_words(run, capsys, monkeypatch):
+    command = ["generate", "--checkpoint", str(run), "--max-new-tokens", "80", "--seed", "2", "One day Mia"]
+    piped = output_of(capsys, *command)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "24")
+    shown = output_of(capsys, *command)
+    assert shown.count("\n") > piped.count("\n")
+    assert shown.split() == piped.split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_can_complete_the_options_of_every_command(shell, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--tyro-print-completion", shell])
+    assert caught.value.code == 0
+    script = capsys.readouterr().out
+    for word in (*COMMANDS, "--train.max-iters", "--num-stories"):
+        assert word in script
 
 
 def test_a_finished_run_is_success(run, tiny_data, capsys):
@@ -140,8 +168,8 @@ def test_version(capsys):
         ("generate --num-stories 0 --checkpoint {run}/last.pt", ["num_stories is 0"]),
         ("generate --device tpu --checkpoint {run}/last.pt", ["'tpu'"]),
         ("evaluate --checkpoint {run}/last.pt --data missing.bin", ["missing.bin"]),
-        ("plot --log missing.jsonl", ["missing.jsonl"]),
-        ("plot --log {run}/log.jsonl --out /proc/missing/losses.png", ["/proc/missing"]),
+        ("plot missing.jsonl", ["missing.jsonl"]),
+        ("plot {run}/log.jsonl --out /proc/missing/losses.png", ["/proc/missing"]),
     ],
 )
 def test_invalid_input_is_a_one_line_error(arguments, words, run, tmp_path, monkeypatch, capsys):
@@ -191,7 +219,7 @@ def test_a_warning_is_one_line(run, capsys):
     long_prompt = "One fine day " * 20
     assert main(["generate", "--checkpoint", str(run / "last.pt"), "--max-new-tokens", "2", long_prompt]) == 0
     error = capsys.readouterr().err
-    assert re.fullmatch(r"storyllm: .*prompt.*\b16\b.*\n", error)
+    assert re.fullmatch(r"storyllm: .*prompt.*\b16\b.*\nstoryllm: the story did not end .*\b2\b.*\n", error)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -58,7 +58,7 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "train.beta1": (0, [1, 1.5, -0.1, math.nan]),
     "train.beta2": (0.999, [1.0, math.nan]),
     "train.grad_clip": (0, [-1, math.nan, math.inf]),
-    "train.eval_interval": (1, [0, -1]),
+    "train.eval_interval": (1, [0, -1, "never", None]),
     "train.eval_windows": (1, [0, 2**31]),
     "train.checkpoint_minutes": (0, [-1, math.nan, math.inf]),
     "train.keep_checkpoints": (5, [-1, 1.0, None, 1_001]),
@@ -85,6 +85,18 @@ def override_error(changes: Any) -> str:
         Recipe().override(changes)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("eval_interval", "max_iters", "expected"), [("auto", 20_000, 500), ("auto", 192, 9), ("auto", 3, 1), (70, 192, 70)]
+)
+def test_short_runs_are_evaluated_more_often(eval_interval: Any, max_iters: int, expected: int) -> None:
+    config = Recipe().override({"train.eval_interval": eval_interval, "train.max_iters": max_iters}).train
+    assert config.evaluation_interval == expected
+
+
+def test_a_notebook_shows_an_error_as_one_line() -> None:
+    assert StoryLLMError("a\nb")._render_traceback_() == [r"StoryLLMError: a\nb"]
 
 
 def test_every_field_is_tested() -> None:

@@ -2,6 +2,9 @@
 
 import ast
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -41,11 +44,15 @@ def committed():
 
 
 def assert_complete(notebook):
-    """Every cell ran once, in order, without errors or warnings, and the figures are there."""
+    """Every cell ran once, in order, without errors or warnings, and the figures are there.
+
+    A model that has hardly been trained may warn that its stories do not end.
+    """
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    errors = [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [error for error in errors if "did not end within max_new_tokens" not in error.get("text", "")]
     assert cells_with_figures(notebook) == FIGURES
 
 
@@ -80,6 +87,21 @@ def test_the_committed_copy_is_a_complete_run_of_demo_and_demo_fast(committed):
         last_iteration = storyllm.get_recipe(name).train.last_iteration
         assert f"{last_iteration}/{last_iteration}" in printed(committed, cell_id)
         assert "iteration      0" in printed(committed, cell_id)  # neither resumed nor already finished
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal handlers in asyncio")
+def test_an_interrupt_stops_the_cell_and_prints_one_line(tmp_path):
+    code = "import time\nprint('started', flush=True)\ntime.sleep(100)"
+    cells = [nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell("print('later')")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "sleep.ipynb")
+    command = [sys.executable, run_notebook.__code__.co_filename, "sleep.ipynb", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert error == "sleep.ipynb stopped: KeyboardInterrupt\n"
+    assert (tmp_path / "run" / "sleep.ipynb").exists()
 
 
 def test_it_defines_no_functions_or_classes(committed):

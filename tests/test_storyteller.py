@@ -10,7 +10,7 @@ import tiktoken
 import torch
 from helpers import TINY
 
-from storyllm import GPT, StoryLLMError, Storyteller, load, load_tokenizer
+from storyllm import GPT, StoryLLMError, Storyteller, load, load_tokenizer, wrap
 
 CONTEXT = TINY.model.block_size
 LONG_PROMPT = "One day Ben went to the meadow and found a kite and a drum and a snail."
@@ -101,6 +101,17 @@ def test_a_story_ends_at_the_end_of_text_token(scripted, tokenizer):
 def test_a_story_ends_after_max_new_tokens(scripted, max_new_tokens):
     storyteller = scripted(*[b"a"] * 10)
     assert storyteller.generate("One day ", max_new_tokens=max_new_tokens) == "One day " + "a" * max_new_tokens
+
+
+def test_a_truncated_story_warns(scripted, tokenizer):
+    with pytest.warns(UserWarning, match=r"the story did not end within max_new_tokens \(2\)") as caught:
+        scripted(b"a", b"b", b"c").generate("One day", max_new_tokens=2)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="2 of 2 stories"):
+        scripted(b"a", b"b", b"c").generate(["One", "One"], max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scripted(b"a", tokenizer.eot_token).generate("One day", max_new_tokens=2)
 
 
 def test_a_character_of_several_tokens_is_streamed_when_complete(scripted):
@@ -212,6 +223,28 @@ def test_a_tokenizer_of_another_size_is_rejected(storyteller):
     )
     with pytest.raises(StoryLLMError, match=r"257.*300"):
         Storyteller(storyteller.model, other)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "wrapped"),
+    [
+        (["Once upon a time"], "Once upon\na time"),
+        (["On", "ce ", "up", "on a", " time"], "Once upon\na time"),
+        (["a  b\n\n", "\nthe tall tree\n"], "a  b\n\n\nthe tall\ntree\n"),
+        (["incomprehensible it"], "incomprehensible\nit"),
+        (["0123456789 "], "0123456789 "),
+        ([], ""),
+    ],
+)
+def test_lines_are_broken_at_words(pieces, wrapped):
+    assert "".join(wrap(pieces, width=10)) == wrapped
+
+
+def test_each_word_is_shown_when_it_is_complete():
+    pieces = iter(["One ", "day", " a"])
+    words = wrap(pieces, width=80)
+    assert next(words) == "One"
+    assert next(pieces) == "day"
 
 
 def test_load_gives_the_storyteller_of_a_run(tiny_run):

@@ -25,6 +25,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = 0  # the signal's number, 0 if there was none
+        self.handled = False  # True once the loop has stopped for it: `check` no longer raises
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -43,8 +44,8 @@ class Interrupt:
         self.requested = signum
 
     def check(self) -> None:
-        """Raises StopRequested if there was an interrupt."""
-        if self.requested:
+        """Raises StopRequested if there was an interrupt, until it is handled."""
+        if self.requested and not self.handled:
             raise StopRequested
 
 

@@ -70,8 +70,8 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
 
     Writes `best_model_params.pt` (lowest validation loss), `last.pt` (the state to resume from) and `log.jsonl` to
     `checkpoint_dir`. If they exist, the run resumes, and gives the same losses as an uninterrupted one (on a CPU to the
-    bit). Ctrl-C, a notebook's stop button or SIGTERM saves and returns, with the signal in the log's `interrupted`. A
-    second one raises KeyboardInterrupt immediately; the last save remains.
+    bit). Ctrl-C, a notebook's stop button or SIGTERM saves, evaluates and returns, with the signal in the log's
+    `interrupted`. A second one raises KeyboardInterrupt immediately; the last save remains.
 
     Raises StoryLLMError if the data is missing or does not match, if the checkpoints belong to another run or are in
     use by another process, if the loss is not finite, and if disk space or memory run out.
@@ -103,7 +103,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
             return folder.read_log()
         if saved:
             progress.print(f"resuming at iteration {state.iteration:,}")
-        progress.print(f"{model.num_parameters():,} parameters on {execution.device.description}")
+        progress.print(f"{model.num_parameters():,} parameters\n{execution.device.description}")
 
         eval_windows = evaluation_windows(data, model_config.block_size, config)
         loss_fn, seconds_per_window = execution.prepare_loss(model, *update_windows(data, recipe, 0))
@@ -115,30 +115,29 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
         run_start = time.monotonic() - state.seconds
         with progress, folder.log.open(state.log_bytes) as log:  # truncated to what the saved state knows
             log.write({"event": "run", "iteration": state.iteration, **describe_run(recipe, data, model, execution)})
+
+            def evaluate_at(iteration: int) -> None:
+                """Evaluates the current weights, and keeps them if they are the best so far."""
+                started = time.monotonic()
+                losses = estimate_loss(model, eval_windows, data, execution)
+                progress.add_evaluation(time.monotonic() - started)
+                if not math.isfinite(losses["train_loss"] + losses["val_loss"]):
+                    problem = f"the loss is {losses['train_loss']}, validation loss {losses['val_loss']}"
+                    raise folder.diverged(problem, iteration)
+                if losses["val_loss"] < state.best_val_loss:
+                    folder.save_best(model, iteration, losses["val_loss"])
+                    state.best_val_loss = losses["val_loss"]
+                state.last_evaluation = iteration
+                entry = {**losses, "learning_rate": lr_at(iteration, config), "seconds": state.seconds}
+                log.write({"event": "evaluation", "iteration": iteration, **entry})
+                progress.show_evaluation(iteration, losses)
+
             try:
                 while True:
                     next_iteration = min(state.iteration + config.gradient_accumulation_steps, config.max_iters)
 
-                    # Evaluate when due, and keep the best weights.
                     for iteration in evaluations_due(state, next_iteration, config):
-                        started = time.monotonic()
-                        losses = estimate_loss(model, eval_windows, data, execution)
-                        progress.add_evaluation(time.monotonic() - started)
-                        if not math.isfinite(losses["train_loss"] + losses["val_loss"]):
-                            problem = f"the loss is {losses['train_loss']}, validation loss {losses['val_loss']}"
-                            raise folder.diverged(problem, iteration)
-                        if losses["val_loss"] < state.best_val_loss:
-                            folder.save_best(model, iteration, losses["val_loss"])
-                            state.best_val_loss = losses["val_loss"]
-                        state.last_evaluation = iteration
-                        entry: dict[str, Any] = {
-                            **losses,
-                            "learning_rate": lr_at(iteration, config),
-                            "seconds": state.seconds,
-                        }
-                        log.write({"event": "evaluation", "iteration": iteration, **entry})
-                        progress.show_evaluation(iteration, losses)
-
+                        evaluate_at(iteration)
                     if next_iteration > config.last_iteration or state.iteration == config.max_iters:
                         break
 
@@ -157,7 +156,8 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
                     state.seconds = time.monotonic() - run_start
 
                     # Log.
-                    entry = {
+                    entry: dict[str, Any] = {
+                        "iteration": state.iteration,
                         "train_loss": loss if math.isfinite(loss) else None,
                         "learning_rate": learning_rate,
                         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -165,7 +165,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
                         **({"skipped_updates": state.skipped_updates} if execution.scaler.is_enabled() else {}),
                         "seconds": state.seconds,
                     }
-                    log.write({"event": "update", "iteration": state.iteration, **entry})
+                    log.write({"event": "update", **entry})
                     progress.show_update(entry)
 
                     # Save when due.
@@ -178,6 +178,11 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
             except StopRequested:
                 folder.save(state, model, execution)
                 progress.print(f"interrupted: saved iteration {state.iteration:,} to {printable(str(folder.last))}")
+                interrupt.handled = True
+                if state.iteration > max(state.last_evaluation, 0):  # best_model_params.pt may still be of iteration 0
+                    progress.print("evaluating; interrupt again to skip this")
+                    evaluate_at(state.iteration)
+                    folder.save(state, model, execution)
             else:
                 folder.save(state, model, execution)
     interrupted = interrupt.requested if state.last_evaluation < config.last_iteration else 0
@@ -193,7 +198,7 @@ def evaluations_due(state: TrainState, next_iteration: int, config: TrainConfig)
     stop = config.last_iteration + 1
     if state.iteration < config.max_iters:
         stop = min(next_iteration, stop)
-    return [i for i in range(first, stop) if i % config.eval_interval == 0 or i == config.last_iteration]
+    return [i for i in range(first, stop) if i % config.evaluation_interval == 0 or i == config.last_iteration]
 
 
 def estimate_loss(

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ..config import GPTConfig, Recipe
 from ..device import flops_per_token
 
+LONG_RUN = 4 * 3_600  # seconds; longer runs come with a hint
 BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}{postfix}]"  # tqdm's {remaining} is naive
 
 
@@ -72,7 +73,7 @@ class Progress:
             seconds_per_evaluation = self.evaluation_seconds / self.evaluations
         else:
             seconds_per_evaluation = 2 * config.eval_windows * seconds_per_window / 3
-        end, interval = config.last_iteration, config.eval_interval
+        end, interval = config.last_iteration, config.evaluation_interval
         evaluations = end // interval - last_evaluation // interval + (end % interval > 0)  # one at the end
         return (end - iteration) * config.batch_size * seconds_per_window + evaluations * seconds_per_evaluation
 
@@ -90,16 +91,20 @@ class Progress:
     def estimate(self, seconds_per_window: float, iteration: int, last_evaluation: int) -> None:
         """Prints an estimate of the run's duration, from the measured time of one window."""
         self.add_windows(1, seconds_per_window)
-        duration = format_duration(self.seconds_left(iteration, last_evaluation))
-        self.print(f"estimated time: {duration} for {self.recipe.train.last_iteration - iteration:,} iterations")
+        seconds = self.seconds_left(iteration, last_evaluation)
+        iterations = self.recipe.train.last_iteration - iteration
+        self.print(f"estimated time: {format_duration(seconds)} for {iterations:,} iterations")
+        if seconds > LONG_RUN:
+            self.print("this is a long run; the recipe demo takes minutes on a CPU, small-vocab a few hours")
 
     def show_update(self, entry: dict[str, Any]) -> None:
         """Shows the figures of an "update" log entry in the bar."""
         if self.bar is None:
             return
         loss = "overflow" if entry["train_loss"] is None else f"{entry['train_loss']:.3f}"
-        parts = [f"{self.bar.format_interval(entry['seconds_left'])} left", f"loss {loss}"]
-        parts += [f"lr {entry['learning_rate']:.1e}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+        parts = [f"loss {loss}", f"lr {entry['learning_rate']:.1e}", f"{entry['tokens_per_second']:,.0f} tokens/s"]
+        if entry["iteration"] < self.recipe.train.last_iteration:
+            parts.insert(0, f"{self.bar.format_interval(entry['seconds_left'])} left")
         if "mfu" in entry:
             parts.append(f"{entry['mfu']:.0%} MFU")
         self.bar.set_postfix_str(", ".join(parts), refresh=False)
@@ -108,7 +113,7 @@ class Progress:
         """Prints the losses of an evaluation."""
         self.print(
             f"iteration {iteration:>6,}: train loss {losses['train_loss']:.4f}, "
-            f"validation loss {losses['val_loss']:.4f} ({losses['val_bits_per_byte']:.3f} bits per byte)"
+            f"val loss {losses['val_loss']:.4f} ({losses['val_bits_per_byte']:.3f} bits per byte)"
         )
 
 

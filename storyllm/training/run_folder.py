@@ -26,7 +26,7 @@ LOG = "log.jsonl"
 
 # Settings that may change when a run resumes: how long it runs and on what, not what it learns.
 RESUMABLE_CHANGES = frozenset(
-    "max_iters stop_at micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile".split()
+    "max_iters stop_at eval_interval micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile".split()
 )
 
 

@@ -28,6 +28,7 @@ import storyllm
 from storyllm import GPT, RECIPES, StoryLLMError, load, lr_at, read_log, train
 from storyllm.checkpoint import load_checkpoint, save_checkpoint
 from storyllm.device import PEAK_FLOPS, resolve_device_config
+from storyllm.training import loop
 from storyllm.training.loop import dropout_seed, evaluations_due, train_step
 from storyllm.training.optimizer import make_optimizer
 from storyllm.training.run_folder import TrainState
@@ -379,10 +380,35 @@ def test_an_interrupt_saves_and_returns_the_log_so_far(tiny_run, tiny_data, tmp_
     assert log.interrupted == signal.SIGINT
     assert [entry["iteration"] for entry in log.updates] == [4, 8, 12]  # the update is completed
     assert iteration_of(tmp_path / "last.pt") == 12
+    assert log.evaluations[-1]["iteration"] == 12  # its weights are evaluated
+    assert load_checkpoint(tmp_path / "best_model_params.pt")["iteration"] == 12
     assert "interrupted" in capsys.readouterr().out
     log = train(TINY, tiny_data, tmp_path)
     assert log.interrupted == 0
     assert "resuming at iteration 12" in capsys.readouterr().out
+    assert weights(tmp_path) == weights(tiny_run)
+
+
+def test_a_second_interrupt_skips_the_evaluation_after_the_first(tiny_data, tmp_path, monkeypatch):
+    clip, evaluate = torch.nn.utils.clip_grad_norm_, loop.estimate_loss
+
+    def interrupt_after_the_start(*arguments: object) -> dict[str, float]:
+        if (tmp_path / "log.jsonl").stat().st_size and read_log(tmp_path / "log.jsonl").updates:
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a: signal.raise_signal(signal.SIGINT) or clip(*a))
+    monkeypatch.setattr(loop, "estimate_loss", interrupt_after_the_start)  # no other function runs just then
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tiny_data, tmp_path)
+    assert iteration_of(tmp_path / "last.pt") == 4
+    assert [entry["iteration"] for entry in read_log(tmp_path / "log.jsonl").evaluations] == [0]
+
+
+def test_the_evaluation_interval_may_change_when_a_run_resumes(tiny_run, tiny_data, tmp_path):
+    train(TINY.override({"train.stop_at": 8}), tiny_data, tmp_path)
+    log = train(TINY.override({"train.eval_interval": 2}), tiny_data, tmp_path)
+    assert [entry["iteration"] for entry in log.evaluations] == [0, 5, *range(8, 23, 2)]
     assert weights(tmp_path) == weights(tiny_run)
 
 

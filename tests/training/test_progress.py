@@ -91,10 +91,25 @@ def test_the_run_is_printed_on_standard_output(capsys):
     with progress:
         progress.show_evaluation(30, {"train_loss": 1.23456, "val_loss": 2.34567, "val_bits_per_byte": 0.98765})
         entry = {"learning_rate": 1e-4, **progress.update_metrics(8, 4.0, 34, 30)}
-        progress.show_update({**entry, "train_loss": None})
-        progress.show_update({**entry, "train_loss": 3.14159})
+        progress.show_update({**entry, "iteration": 34, "train_loss": None})
+        progress.show_update({**entry, "iteration": 34, "train_loss": 3.14159})
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "2.1 minutes for 100 iterations" in printed.out  # 200 windows and 5 evaluations
     assert "1.2346" in printed.out and "2.3457 (0.988 bits per byte)" in printed.out
-    assert "loss 3.142, lr 1.0e-04, 32 tokens/s" in printed.out and "% MFU" in printed.out
+    assert "left, loss 3.142, lr 1.0e-04, 32 tokens/s" in printed.out and "% MFU" in printed.out
+    assert "long run" not in printed.out
+
+
+def test_a_long_run_comes_with_smaller_recipes(capsys):
+    Progress(RECIPE, 0, None).estimate(3_600, iteration=0, last_evaluation=-1)
+    printed = capsys.readouterr().out
+    assert all(name in RECIPES and name in printed for name in ("demo", "small-vocab"))
+
+
+def test_a_finished_bar_shows_no_time_left(capsys):
+    progress = Progress(RECIPE, 99, None)
+    with progress:
+        entry = {"iteration": 100, "learning_rate": 1e-4, "train_loss": 3.0, **progress.update_metrics(8, 4.0, 100, 100)}
+        progress.show_update(entry)
+    assert "left" not in capsys.readouterr().out
