@@ -1,7 +1,7 @@
 """Speed on an idle and on a busy CPU, for several settings of how OpenMP's threads wait for each other.
 
     python benchmarks/shared_cpu.py
-    python benchmarks/shared_cpu.py --settings GOMP_SPINCOUNT=1000 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
+    python benchmarks/shared_cpu.py --settings GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=1
 
 On the busy CPU, other processes compute all the time. A process with as many threads as there are cores then has a fair
 share of cores / (cores + busy processes) of its speed on the idle CPU.
@@ -22,6 +22,7 @@ import torch
 from common import describe_machine, make_update, run_cli
 
 import storyllm
+from storyllm.openmp import SPIN_COUNT
 
 # What is measured: recipe, and whether it is trained or generates one story.
 TASKS = {
@@ -33,15 +34,16 @@ TASKS = {
 
 
 def main(
-    settings: tuple[str, ...] = ("OMP_WAIT_POLICY=PASSIVE",),
+    settings: tuple[str, ...] = (f"GOMP_SPINCOUNT={SPIN_COUNT}", "OMP_WAIT_POLICY=PASSIVE"),
     busy: int = os.cpu_count() or 1,
     seconds: float = 4.0,
     rounds: int = 3,
     tasks: tuple[str, ...] = tuple(TASKS),
     measure: str | None = None,
 ) -> None:
-    """Measures each task with each setting (NAME=VALUE, several joined by commas) and with none.
+    """Measures each task with each environment variable (NAME=VALUE) and without any.
 
+    The first of the `settings` is that of `import storyllm`; this script imports PyTorch first, so it has no effect.
     `busy` is the number of busy processes. `measure` is for the processes that this script starts: it measures one task
     in the current environment.
     """
@@ -62,15 +64,18 @@ def main(
                         rates.setdefault((setting, load), []).append(measure_in_process(task, seconds, setting))
         for setting in ("", *settings):
             idle, loaded = (statistics.median(rates[setting, load]) for load in (False, True))
-            print(f"  {setting or 'without':<42} {idle:>10.4g} {loaded:>10.4g}  ({loaded / idle:.0%} of idle)")
+            print(f"  {setting or "PyTorch's default":<42} {idle:>10.4g} {loaded:>10.4g}  ({loaded / idle:.0%} of idle)")
         sys.stdout.flush()
 
 
 def measure_in_process(task: str, seconds: float, setting: str) -> float:
-    """The rate of a task in a new process with these environment variables."""
-    variables = dict(part.split("=", 1) for part in setting.split(",") if part)
+    """The rate of a task in a new process with this environment variable, if any."""
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    if setting:
+        name, _, value = setting.partition("=")
+        environment[name] = value
     command = [sys.executable, __file__, "--measure", task, "--seconds", str(seconds)]
-    done = subprocess.run(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.splitlines()[-1])
 
 

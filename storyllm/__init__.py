@@ -1,5 +1,6 @@
 """StoryLLM trains a small GPT from scratch to write children's stories."""
 
+from . import openmp as _openmp  # noqa: F401  (before torch is imported)
 from .config import DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig
 from .data.prepare import prepare
 from .data.stories import read_stories

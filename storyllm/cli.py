@@ -251,6 +251,7 @@ class RecipeOption:
 
 def _selected_recipe(arguments: list[str]) -> Recipe:
     """The recipe selected by --recipe, whose values are the defaults of the other options."""
+    arguments = [argument for argument in arguments if not argument.startswith("--tyro-")]  # for shell completion
     known, _ = tyro.cli(RecipeOption, args=arguments, return_unknown_args=True, add_help=False)
     return get_recipe(known.recipe)
 

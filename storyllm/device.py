@@ -145,7 +145,7 @@ def auto_compile(
 ) -> tuple[bool, str]:
     """Whether to compile, and why. `capability` is the GPU's CUDA compute capability, (0, 0) without one."""
     if capability < (7, 0):
-        return False, "no CUDA GPU with compute capability 7.0 or higher"
+        return False, "compute capability below 7.0" if any(capability) else "no CUDA GPU"
     if find_spec("triton") is None:
         return False, "triton is not installed"
     flops = train.last_iteration * train.batch_size * model.block_size * flops_per_token(model)

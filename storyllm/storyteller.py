@@ -176,11 +176,11 @@ def wrap(pieces: Iterable[str], width: int) -> Iterator[str]:
     column, text = 0, ""
     for piece in chain(pieces, [None]):
         text += piece or ""
-        # A word with the whitespace before it is complete when whitespace follows it, or at the end.
-        for word in re.findall(r"\s*\S+(?=\s)" if piece is not None else r"\s*\S+|\s+", text):
+        # A word with the spaces before it is complete when a space follows it, or at the end.
+        for word in re.findall(r"[ \n]*[^ \n]+(?=[ \n])" if piece is not None else r"[ \n]*[^ \n]+|[ \n]+", text):
             text = text[len(word) :]
-            if "\n" not in word and column and column + len(word) > width:
-                word = "\n" + word.lstrip()
+            if word.strip() and "\n" not in word and column and column + len(word) > width:
+                word = "\n" + word.lstrip(" ")
             column = len(word.rpartition("\n")[2]) + (0 if "\n" in word else column)
             yield word
 

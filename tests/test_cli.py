@@ -91,14 +91,14 @@ def test_a_terminal_shows_stories_with_lines_broken_at_words(run, capsys, monkey
     monkeypatch.setenv("COLUMNS", "24")
     shown = output_of(capsys, *command)
     assert shown.count("\n") > piped.count("\n")
-    assert shown.split() == piped.split()
+    assert re.split("[ \n]+", shown) == re.split("[ \n]+", piped)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_shells_can_complete_the_options_of_every_command(shell, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--tyro-print-completion", shell])
-    assert caught.value.code == 0
+    assert not caught.value.code
     script = capsys.readouterr().out
     for word in (*COMMANDS, "--train.max-iters", "--num-stories"):
         assert word in script
@@ -215,6 +215,7 @@ def test_other_data_is_only_overwritten_on_request(tmp_path, capsys, monkeypatch
     assert "70 stories" in output_of(capsys, *prepare, "70", "--overwrite")
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_warning_is_one_line(run, capsys):
     long_prompt = "One fine day " * 20
     assert main(["generate", "--checkpoint", str(run / "last.pt"), "--max-new-tokens", "2", long_prompt]) == 0

@@ -14,12 +14,13 @@ import pytest
 from helpers import environment
 
 import storyllm
+from storyllm.openmp import SPIN_COUNT
 
 PACKAGE = Path(storyllm.__file__).parent
 
 # The modules in the order in which a reader follows the data. A module imports only from modules above it.
 ORDER = """
-config recipes files device
+openmp config recipes files device
 data.synthetic data.stories data.tokenizer data.token_file data.prepare data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.gpt
 checkpoint storyteller
@@ -74,6 +75,24 @@ def public_definitions(module: str) -> list[tuple[str, ast.FunctionDef | ast.Cla
     return found
 
 
+@pytest.mark.parametrize(
+    ("variables", "spin_count"),
+    [({}, str(SPIN_COUNT)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, None)],
+)
+def test_threads_spin_briefly_unless_the_user_chose_otherwise(variables, spin_count):
+    kept = {n: v for n, v in environment().items() if n not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = (
+        "import builtins, os, sys; load = builtins.__import__\n"
+        "def watch(name, *rest):\n"
+        "    if name == 'torch' and 'torch' not in sys.modules: print(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "    return load(name, *rest)\n"
+        "builtins.__import__ = watch\n"
+        "import storyllm"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**kept, **variables}, capture_output=True, text=True)
+    assert done.stdout == f"{spin_count}\n"  # when torch was imported
+
+
 def test_every_module_is_in_the_order():
     files = PACKAGE.rglob("*.py")
     modules = {".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in files}
@@ -126,7 +145,7 @@ def test_public_names_exist_and_are_listed():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert imported == set(storyllm.__all__)
+    assert {name for name in imported if not name.startswith("_")} == set(storyllm.__all__)
 
 
 def test_no_module_or_folder_has_the_name_of_a_public_function():
