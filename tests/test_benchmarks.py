@@ -31,6 +31,7 @@ SMALLEST = {
     "loss.py": "--tokens 32 --repeats 1",
     "training_step.py": "--recipe demo --repeats 1",
     "generation.py": "--recipe demo --stories 1 --repeats 1 --tokens-beyond 1",
+    "shared_cpu.py": "--busy 1 --seconds 0.1 --rounds 1 --tasks 'generate demo (tokens/s)'",
     "import_time.py": "--repeats 1",
     "memory.py": "--device cpu --repeats 1",
     "gpu.py": "--data-dir {data} --device cpu --small",
@@ -72,7 +73,7 @@ def test_the_readme_lists_every_script_and_make_bench_runs_those_for_a_cpu():
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+\.py)` \|", readme, re.M)) == SCRIPTS - MODULES
     makefile = (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
-    not_in_make_bench = {"gpu.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
+    not_in_make_bench = {"shared_cpu.py", "gpu.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
     assert set(re.findall(r"benchmarks/(\w+\.py)", makefile)) == set(SMALLEST) - not_in_make_bench
 
 
@@ -94,7 +95,7 @@ def test_a_benchmark_runs_from_the_command_line(script, tiny_data, tmp_path, req
     command = [sys.executable, str(BENCHMARKS / script), *shlex.split(options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2_000:]
-    if script not in {"memory.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}:
+    if script not in {"shared_cpu.py", "memory.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}:
         assert TABLE_ROW.search(done.stdout), done.stdout
     if script == "tokenization.py":
         assert "identical output: True" in done.stdout
