@@ -99,9 +99,9 @@ class Train:
 class Generate:
     """Generate a story that begins with the prompt, and print it token by token."""
 
-    prompt: Annotated[Positional[str], arg(metavar="[PROMPT]")] = (
-        ""  # beginning of the story; without it, the model chooses one
-    )
+    prompt: Annotated[
+        Positional[str], arg(metavar="[PROMPT]", help="beginning of the story; without it, the model chooses one")
+    ] = ""
     checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or the folder that has it
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # maximum length in tokens, not counting the prompt
     temperature: float = 1.0  # 0 is greedy decoding; higher is more random
@@ -157,9 +157,10 @@ class Evaluate:
 class Plot:
     """Plot the loss curves of a run, or compare the validation losses of several runs."""
 
-    logs: Annotated[Positional[tuple[Path, ...]], arg(metavar="[LOG ...]")] = (
-        Path("checkpoints") / LOG,
-    )  # one or more logs written by `storyllm train`, or the folders that have them
+    logs: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="[LOG ...]", help="logs written by `storyllm train`, or the folders that have them"),
+    ] = (Path("checkpoints") / LOG,)
     out: Path = Path("losses.png")  # image file: .png, .svg or .pdf
 
     def run(self) -> int:
