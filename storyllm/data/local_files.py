@@ -39,8 +39,8 @@ def source_files(source: str) -> dict[str, list[Path]]:
         _check_one_version(source, train, validation)
     else:
         train = validation = files
-    skipped = [p for p in found if p not in {*train, *validation}]
-    return {"train": train, "validation": validation, "skipped": skipped}
+    used = {*train, *validation}
+    return {"train": train, "validation": validation, "skipped": [p for p in found if p not in used]}
 
 
 def is_saved_dataset(path: Path) -> bool:
