@@ -51,7 +51,7 @@ def is_saved_dataset(path: Path) -> bool:
 def _files_in(folder: Path) -> list[Path]:
     """The files in a folder and its subfolders, sorted, without hidden ones (such as Jupyter's checkpoints)."""
     files: list[Path] = []
-    visited = set()
+    visited: set[str] = set()
 
     def fail(error: OSError) -> None:
         raise os_error("read", error.filename or folder, error) from error
