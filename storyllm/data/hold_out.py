@@ -13,7 +13,7 @@ MIN_VALIDATION_CHARACTERS = 8_000  # about 2,000 tokens, so that windows fit int
 
 
 def hold_out(read: Callable[[], Iterator[Piece]], split: str, fraction: float, source: str) -> Iterator[Piece]:
-    """Yields the stories of one split, in pieces. `read` returns the pieces of all the stories, and is called twice.
+    """The stories of one split, in pieces. `read` returns the pieces of all the stories, and is called twice.
 
     Held out for validation are `fraction` of the stories, evenly spaced. If these have fewer than
     MIN_VALIDATION_CHARACTERS characters and less than a fifth of the text, more stories are held out; and if too few
@@ -21,8 +21,7 @@ def hold_out(read: Callable[[], Iterator[Piece]], split: str, fraction: float, s
     """
     lengths = _story_lengths(read(), fraction)
     if lengths is None or _is_enough(lengths, fraction):
-        yield from _select(read(), split, lambda index: _usually_held_out(index, fraction))
-        return
+        return _select(read(), split, lambda index: _usually_held_out(index, fraction))
     number, total = len(lengths), sum(lengths)
     count = _smallest_count(lengths, fraction)
     if count:
@@ -38,9 +37,8 @@ def hold_out(read: Callable[[], Iterator[Piece]], split: str, fraction: float, s
             stacklevel=2,
         )
     if count:
-        yield from _select(read(), split, lambda index: (index + 1) * count // number > index * count // number)
-    else:
-        yield from _split_text(read(), split, total - held_out)
+        return _select(read(), split, lambda index: (index + 1) * count // number > index * count // number)
+    return _split_text(read(), split, total - held_out)
 
 
 def _usually_held_out(index: int, fraction: float) -> bool:

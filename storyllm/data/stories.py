@@ -132,11 +132,14 @@ def _load_from_disk(folder: str) -> Mapping[str, Any]:
 
     try:
         loaded = datasets.load_from_disk(folder)
+        splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+        for part in splits.values():
+            part.data.validate(full=True)  # the files have no checksums, and a wrong offset would crash the process
     except Exception as error:  # of several libraries, depending on the file that is corrupted
         raise StoryLLMError(
             f"{folder} is not a valid dataset folder ({type(error).__name__}); download or save it again"
         ) from error
-    return {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+    return splits
 
 
 def _dataset_source(data: DataConfig, split: str, splits: Mapping[str, Any]) -> Source:

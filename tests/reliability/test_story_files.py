@@ -230,6 +230,25 @@ def test_many_corrupted_files(tmp_path: Path, kind: tuple[str, str], exhaustive:
     run_cases(tmp_path, try_corruptions, [kind], exhaustive, cases, timeout=1_200)
 
 
+def try_corruptions_of_a_saved_dataset(cases: int) -> None:
+    """In a subprocess: a folder written by `save_to_disk`, whose .arrow has no checksums."""
+    import datasets
+
+    datasets.Dataset.from_dict({"text": random_stories(100)}).save_to_disk("saved")
+    (path,) = Path("saved").glob("*.arrow")
+    content = path.read_bytes()
+    for case, changed in islice(random_corruptions(content, random.Random(0)), cases):
+        Path("case.txt").write_text(case)
+        path.unlink()  # the previous one may still be memory-mapped
+        path.write_bytes(changed)
+        stories_or_none(Path("saved"))
+
+
+@pytest.mark.parametrize("cases", [200, pytest.param(5_000, marks=[pytest.mark.campaign, pytest.mark.timeout(1_300)])])
+def test_corrupted_saved_dataset(tmp_path: Path, cases: int) -> None:
+    run_cases(tmp_path, try_corruptions_of_a_saved_dataset, cases, timeout=110 if cases == 200 else 1_200)
+
+
 # Random content
 
 REPEATABLE = settings(
