@@ -18,9 +18,12 @@ MAX_SIZE = 2**31 - 1  # more windows, tokens or features than fit any memory; la
 
 
 def printable(text: str) -> str:
-    """`text` with control characters escaped, except newlines and tabs, so that a terminal does not execute them."""
+    """`text` with control characters escaped, except newlines and tabs, so that a terminal does not execute them.
+
+    Surrogates, as in file names that are not UTF-8, are escaped too: they cannot be printed.
+    """
     # The last two ranges are line separators and characters that change the direction of text.
-    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"
+    control = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
     return re.sub(control, lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -120,15 +123,16 @@ class DataConfig:
 
     source: str = "roneneldan/TinyStories"  # a dataset on the Hugging Face Hub, a local file or folder, or "synthetic"
     tokenizer: str = "gpt2"  # "gpt2", or "bpe:N" to train a byte-level BPE vocabulary of N tokens on the stories
-    text_column: str = "text"  # name of the text column (Hub, .parquet) or key (.jsonl)
-    validation_fraction: float = 0.01  # fraction of stories held out if the source has no validation split
-    clean: bool = False  # fix mojibake, strip surrounding whitespace, drop empty stories
+    text_column: str = "text"  # name of the text column (Hub, .parquet, .csv) or key (.jsonl, .json)
+    validation_fraction: float = 0.01  # fraction of stories held out without a validation split; more if they are few
+    max_stories: int | None = None  # use only the first stories of each split
+    clean: bool = False  # fix mojibake (UTF-8 read as Windows-1252), strip surrounding whitespace, drop empty stories
     synthetic_stories: int = 20_000  # number of synthetic training stories (plus 5% for validation)
     synthetic_seed: int = 0  # seed of the synthetic stories
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_range(self, 1, "synthetic_stories")
+        _check_range(self, 1, "synthetic_stories", "max_stories")
         _check_range(self, 0, "synthetic_seed")
         if not self.source:
             raise StoryLLMError("source is empty, must be a Hub dataset, a file, a folder or 'synthetic'")

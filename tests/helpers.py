@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import io
 import json
 import os
@@ -87,7 +89,49 @@ def parquet_bytes(stories: Any, column: str = "text", **options: Any) -> bytes:
     return file.getvalue()
 
 
-STORY_FORMATS: dict[str, Callable[..., bytes]] = {".txt": txt_bytes, ".jsonl": jsonl_bytes, ".parquet": parquet_bytes}
+def json_bytes(stories: list[str], column: str = "text") -> bytes:
+    """A .json of these stories: an array of objects."""
+    return json.dumps([{"id": i, column: story} for i, story in enumerate(stories)]).encode()
+
+
+def csv_bytes(stories: list[str], column: str = "text") -> bytes:
+    """A .csv of these stories, quoted where necessary."""
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows([("id", column), *enumerate(stories)])
+    return file.getvalue().encode()
+
+
+def compressed(to_bytes: Callable[..., bytes]) -> Callable[..., bytes]:
+    """The same format, compressed with gzip."""
+    return lambda *arguments, **options: gzip.compress(to_bytes(*arguments, **options), mtime=0)
+
+
+TEXT_FORMATS: dict[str, Callable[..., bytes]] = {
+    ".txt": txt_bytes,
+    ".jsonl": jsonl_bytes,
+    ".json": json_bytes,
+    ".csv": csv_bytes,
+}
+STORY_FORMATS = {
+    **TEXT_FORMATS,
+    **{f"{suffix}.gz": compressed(to_bytes) for suffix, to_bytes in TEXT_FORMATS.items()},
+    ".parquet": parquet_bytes,
+}
+
+
+def write_stories(path: Path, stories: Any, **options: Any) -> Path:
+    """Writes a story file in the format of its suffix."""
+    suffix = next(suffix for suffix in STORY_FORMATS if path.name.endswith(suffix))
+    path.write_bytes(STORY_FORMATS[suffix](stories, **options))
+    return path
+
+
+def source_of(folder: Path, suffix: str, content: bytes) -> Path:
+    """A folder with `content` in a training file, next to a validation file, so that no story is held out."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"train{suffix}").write_bytes(content)
+    write_stories(folder / f"validation{suffix}", ["validation"])
+    return folder
 
 
 def stories_in(path: Path, tokenizer: tiktoken.Encoding) -> list[str]:

@@ -37,6 +37,7 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     ),
     "data.text_column": ("story", [None, 1]),
     "data.validation_fraction": (0.5, [0, 1, -0.5, 1.5, math.nan, math.inf, "half"]),
+    "data.max_stories": (10, [0, -1, 2.0, "10"]),
     "data.clean": (True, [1, "yes"]),
     "data.synthetic_stories": (10, [0, -1, 2.0]),
     "data.synthetic_seed": (7, [-1, 0.5]),

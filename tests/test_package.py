@@ -21,7 +21,8 @@ PACKAGE = Path(storyllm.__file__).parent
 # The modules in the order in which a reader follows the data. A module imports only from modules above it.
 ORDER = """
 openmp config recipes files device
-data.synthetic data.stories data.tokenizer data.token_file data.prepare data.windows
+data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer data.token_file data.prepare
+data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.gpt
 checkpoint storyteller
 evaluation.likelihood

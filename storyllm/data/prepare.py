@@ -17,9 +17,11 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from ..config import DataConfig, StoryLLMError
+from ..config import DataConfig, StoryLLMError, printable
 from ..files import atomic_write, lock_folder, read_json, write_json
-from .stories import END_OF_TEXT, SPLITS, read_stories, source_fingerprint
+from .formats import END_OF_TEXT, Piece
+from .local_files import source_files
+from .stories import SPLITS, read_pieces, source_fingerprint
 from .token_file import TOKEN_DTYPE, VOCABULARY, PreparedData, TokenFileInfo, load_tokenizer, read_info
 from .tokenizer import gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
 
@@ -36,8 +38,10 @@ def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> P
     if not isinstance(data, DataConfig):
         raise StoryLLMError(f"data is {type(data).__name__}, must be a DataConfig; pass recipe.data")
     out_dir = Path(out_dir)
-    settings = {name: value for name, value in dataclasses.asdict(data).items() if name != "source"}
-    # The fingerprint replaces the source's name: a local file that was moved is not prepared again.
+    # Settings that are None are left out, as data that was prepared before a setting existed has none. The fingerprint
+    # replaces the source's name: a local file that was moved is not prepared again.
+    settings = {name: value for name, value in dataclasses.asdict(data).items() if value is not None}
+    del settings["source"]
     request = {**settings, "fingerprint": source_fingerprint(data)}
     with lock_folder(out_dir):
         return _prepare(data, out_dir, overwrite, request)
@@ -48,6 +52,8 @@ def _prepare(data: DataConfig, out_dir: Path, overwrite: bool, request: dict[str
     completed = {split: _completed_info(path, request) for split, path in paths.items()}
     if not overwrite:
         _check_no_other_data(out_dir, paths, completed)
+    if not all(completed.values()) and os.path.isdir(data.source):
+        _print_files(data.source)
     tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
     vocabulary_hash = tokenizer_hash(tokenizer)
     infos = {}
@@ -79,9 +85,21 @@ def _check_no_other_data(out_dir: Path, paths: dict[str, Path], completed: dict[
         others.append(out_dir / VOCABULARY)
     if others:
         raise StoryLLMError(
-            f"{others[0]} was prepared with another source, tokenizer or setting; use another folder (--out), "
-            "or pass overwrite=True (--overwrite) to replace it"
+            f"{others[0]} was prepared with another source, tokenizer or setting; use another data folder, or "
+            "pass overwrite=True (--overwrite) to replace it"
         )
+
+
+def _print_files(folder: str) -> None:
+    """Prints which files of a source are read, so that missing and unrelated ones are noticed."""
+    files = source_files(folder)
+    if files["train"] == files["validation"]:
+        files = {"stories": files["train"], "skipped": files["skipped"]}
+    for name, paths in files.items():
+        if paths:
+            first = ", ".join(str(path.relative_to(folder)) for path in paths[:5])
+            rest = f" and {len(paths) - 5:,} more" if len(paths) > 5 else ""
+            tqdm.write(printable(f"{name}: {first}{rest}"), sys.stdout)
 
 
 def _is_unreadable(path: Path, read: Callable[[Path], object]) -> bool:
@@ -103,10 +121,17 @@ def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) ->
     if data.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
     else:
-        stories = tqdm(read_stories(data, "train"), desc="vocabulary", unit=" stories", file=sys.stdout)
-        tokenizer = train_bpe(stories, int(data.tokenizer.removeprefix("bpe:")))
+        with tqdm(desc="vocabulary", unit=" stories", file=sys.stdout) as bar:
+            tokenizer = train_bpe(_texts(read_pieces(data, "train"), bar), int(data.tokenizer.removeprefix("bpe:")))
     write_json(path, {**tokenizer_to_dict(tokenizer), "request": request})
     return tokenizer
+
+
+def _texts(pieces: Iterable[Piece], bar: tqdm) -> Iterator[str]:
+    """The text of the pieces. Advances the bar after each story."""
+    for text, ends_story in pieces:
+        yield text
+        bar.update(ends_story)
 
 
 def _write_split(
@@ -115,9 +140,9 @@ def _write_split(
     """Writes the `.bin` and the `.json` of a split."""
     num_stories = num_tokens = num_bytes = 0
     digest = hashlib.sha256()
-    stories = read_stories(data, split)  # raises before the file is created
+    pieces = read_pieces(data, split)  # raises before the file is created
     with atomic_write(path) as file, tqdm(desc=split, unit=" stories", file=sys.stdout) as bar:
-        for batch in encoded_batches(stories, tokenizer):
+        for batch in encoded_batches(pieces, tokenizer):
             encoded = batch.ids.tobytes()
             file.write(encoded)
             digest.update(encoded)
@@ -126,10 +151,7 @@ def _write_split(
             num_bytes += batch.num_bytes
             bar.update(batch.num_stories)
         if not num_stories:
-            raise StoryLLMError(
-                f"{data.source} has no {split} stories; add some (separate stories in a .txt with a line "
-                f"{END_OF_TEXT}), or raise validation_fraction ({data.validation_fraction:g})"
-            )
+            raise StoryLLMError(f"{data.source} has no {split} stories; add some text")
         info = TokenFileInfo(
             split=split,
             source=data.source,
@@ -150,14 +172,14 @@ def _write_split(
 
 
 class EncodedBatch(NamedTuple):
-    """Some stories as token ids."""
+    """Some pieces of stories as token ids."""
 
     ids: np.ndarray  # (tokens,) uint16; each story ends with the end-of-text token
-    num_stories: int
+    num_stories: int  # stories that end in this batch
     num_bytes: int  # of UTF-8 text, without the end-of-text tokens
 
 
-def encoded_batches(stories: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[EncodedBatch]:
+def encoded_batches(pieces: Iterable[Piece], tokenizer: tiktoken.Encoding) -> Iterator[EncodedBatch]:
     """Yields the stories as token ids, in order, in batches of at least BATCH_CHARACTERS characters.
 
     One thread per core tokenizes, at most that many batches ahead of the caller.
@@ -165,7 +187,7 @@ def encoded_batches(stories: Iterable[str], tokenizer: tiktoken.Encoding) -> Ite
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[EncodedBatch]] = deque()
-        for batch in _batches(stories):
+        for batch in _batches(pieces):
             pending.append(pool.submit(_encode, batch, tokenizer))
             if len(pending) > workers:
                 yield pending.popleft().result()
@@ -173,11 +195,11 @@ def encoded_batches(stories: Iterable[str], tokenizer: tiktoken.Encoding) -> Ite
             yield future.result()
 
 
-def _batches(stories: Iterable[str]) -> Iterator[list[str]]:
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     batch, characters = [], 0
-    for story in stories:
-        batch.append(story)
-        characters += len(story) + len(END_OF_TEXT)
+    for text, ends_story in pieces:
+        batch.append((text, ends_story))
+        characters += len(text) + len(END_OF_TEXT)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -185,12 +207,13 @@ def _batches(stories: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode(stories: list[str], tokenizer: tiktoken.Encoding) -> EncodedBatch:
-    text = END_OF_TEXT.join([*stories, ""])
-    num_bytes = len(text.encode()) - len(END_OF_TEXT) * len(stories)
-    if text.count(END_OF_TEXT) == len(stories):
+def _encode(pieces: list[Piece], tokenizer: tiktoken.Encoding) -> EncodedBatch:
+    text = "".join(text + END_OF_TEXT * ends_story for text, ends_story in pieces)
+    num_stories = sum(ends_story for _, ends_story in pieces)
+    num_bytes = len(text.encode()) - len(END_OF_TEXT) * num_stories
+    if text.count(END_OF_TEXT) == num_stories:
         ids = tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(TOKEN_DTYPE)
-    else:  # a story contains "<|endoftext|>" as ordinary text: tokenize each story separately
-        separate = [[*tokenizer.encode_ordinary(story), tokenizer.eot_token] for story in stories]
-        ids = np.concatenate([np.array(story_ids, TOKEN_DTYPE) for story_ids in separate])
-    return EncodedBatch(ids, len(stories), num_bytes)
+    else:  # a story contains "<|endoftext|>" as ordinary text: tokenize each piece separately
+        separate = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * ends_story for text, ends_story in pieces]
+        ids = np.concatenate([np.array(piece_ids, TOKEN_DTYPE) for piece_ids in separate])
+    return EncodedBatch(ids, num_stories, num_bytes)

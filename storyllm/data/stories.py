@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import DataConfig, StoryLLMError
 from ..files import sha256
+from .formats import SUFFIXES, Piece, missing_column, read_file
+from .hold_out import hold_out
+from .local_files import is_saved_dataset, source_files
 from .synthetic import synthetic_stories
 
 SPLITS = ("train", "validation")
-SUFFIXES = (".parquet", ".jsonl", ".txt")
-END_OF_TEXT = "<|endoftext|>"  # separates stories in a .txt file; also the name of the last token of every vocabulary
 MAX_WHITESPACE = 500_000  # consecutive whitespace characters; tiktoken's regex engine fails at about twice as many
 TINYSTORIES = "roneneldan/TinyStories"
 TINYSTORIES_COUNTS = {"train": 2_119_719, "validation": 21_990}  # from the dataset card (Eldan and Li 2023)
+
+# A source: a function that returns the pieces of its stories from the beginning, and whether it has both splits.
+Source = tuple[Callable[[], Iterator[Piece]], bool]
 
 
 def read_stories(data: DataConfig, split: str) -> Iterator[str]:
     """Yields the stories of a split, "train" or "validation", without loading them all into memory.
 
-    If the source has no validation split, `validation_fraction` of its stories are held out, evenly spaced.
+    Stories are verbatim, except that newlines in a .txt become "\\n". Of a source without a validation split,
+    `validation_fraction` of the stories are held out, evenly spaced, and more if the source is small (see `hold_out`).
     Raises StoryLLMError if the source does not exist, cannot be read or contains anything but text.
+    """
+    return _joined(read_pieces(data, split))
+
+
+def read_pieces(data: DataConfig, split: str) -> Iterator[Piece]:
+    """The stories of `read_stories` in pieces: a part of the text, and whether the story ends with it.
+
+    The token ids of the pieces are those of the whole story. Long stories of a .txt come in several pieces.
     """
     if split not in SPLITS:
         raise StoryLLMError(f"split is {split!r}, must be one of: {', '.join(SPLITS)}")
-    if data.source == "synthetic":
-        count = data.synthetic_stories if split == "train" else max(1, data.synthetic_stories // 20)
-        stories: Iterator[str] = synthetic_stories(data.synthetic_seed, split, count)
-    elif os.path.exists(data.source):
-        stories = _local_stories(data, split)
-    else:
-        stories = _hub_stories(data, split)
-    return _cleaned(stories) if data.clean else stories
+    read, has_splits = _source(data, split)
+
+    def first_stories() -> Iterator[Piece]:
+        return _first_stories(read(), data.max_stories)
+
+    pieces = first_stories() if has_splits else hold_out(first_stories, split, data.validation_fraction, data.source)
+    return _cleaned(pieces) if data.clean else pieces
 
 
 def source_fingerprint(data: DataConfig) -> str:
@@ -52,7 +62,7 @@ def source_fingerprint(data: DataConfig) -> str:
     if not os.path.exists(data.source):
         _check_hub_name(data.source)
         return data.source
-    files = {path for split in SPLITS for path in _local_files(data.source)[split]}
+    files = {path for split in SPLITS for path in source_files(data.source)[split]}
     try:
         return " ".join(f"{path.name}:{sha256(path)}" for path in sorted(files))
     except OSError as error:
@@ -73,191 +83,146 @@ def check_whitespace(text: str, name: str) -> None:
         )
 
 
-def _hold_out(stories: Iterable[str], split: str, fraction: float) -> Iterator[str]:
-    """The stories of one split, with every (1 / fraction)-th story in the validation split."""
-    for index, story in enumerate(stories):
-        held_out = int((index + 1) * fraction) > int(index * fraction)
-        if held_out == (split == "validation"):
-            yield story
+# Sources
 
 
-# Hugging Face Hub
+def _source(data: DataConfig, split: str) -> Source:
+    if data.source == "synthetic":
+        count = data.synthetic_stories if split == "train" else max(1, data.synthetic_stories // 20)
+        return lambda: ((story, True) for story in synthetic_stories(data.synthetic_seed, split, count)), True
+    if not os.path.exists(data.source):
+        return _dataset_source(data, split, _load_from_hub(data))
+    if is_saved_dataset(Path(data.source)):
+        return _dataset_source(data, split, _load_from_disk(data.source))
+    files = source_files(data.source)
+    return lambda: _file_pieces(files[split], data.text_column), files["train"] != files["validation"]
+
+
+def _file_pieces(files: list[Path], column: str) -> Iterator[Piece]:
+    for path in files:
+        yield from _validated(read_file(path, column), str(path))
 
 
 def _check_hub_name(source: str) -> None:
-    if source.endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+    if source.lower().endswith((*SUFFIXES, ".gz")) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise StoryLLMError(
             f"source {source!r} not found (no file or folder, nor a Hub dataset as 'owner/name'); pass an existing "
             "path, a Hub dataset or 'synthetic'"
         )
 
 
-def _hub_stories(data: DataConfig, split: str) -> Iterator[str]:
+def _load_from_hub(data: DataConfig) -> Mapping[str, Any]:
+    """The splits of a Hub dataset: cached on disk and memory-mapped, or streamed if only the first stories are used."""
     _check_hub_name(data.source)
     import datasets
 
     try:
-        splits = datasets.load_dataset(data.source)  # cached on disk and memory-mapped
+        splits = datasets.load_dataset(data.source, streaming=data.max_stories is not None)
     except Exception as error:  # several libraries raise their own network, Hub and format errors
         raise StoryLLMError(
             f"cannot load {data.source!r} from the Hub ({type(error).__name__}); check the name and the network "
             "connection, or use a local file or source 'synthetic'"
         ) from error
-    has_both_splits = "train" in splits and "validation" in splits
-    name = split if has_both_splits else "train" if "train" in splits else next(iter(splits))
-    part = splits[name]
-    if data.text_column not in part.column_names:
-        raise StoryLLMError(f"{data.source} {_missing_column(data.text_column, part.column_names)}")
-    if data.source == TINYSTORIES and len(part) != TINYSTORIES_COUNTS[split]:
+    return splits
+
+
+def _load_from_disk(folder: str) -> Mapping[str, Any]:
+    """The splits of a folder written by `save_to_disk` of the `datasets` library."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(folder)
+        splits = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+        for part in splits.values():
+            part.data.validate(full=True)  # the files have no checksums, and a wrong offset would crash the process
+    except Exception as error:  # of several libraries, depending on the file that is corrupted
         raise StoryLLMError(
-            f"{TINYSTORIES} has {len(part):,} {split} stories, must be {TINYSTORIES_COUNTS[split]:,}; "
+            f"{folder} is not a valid dataset folder ({type(error).__name__}); download or save it again"
+        ) from error
+    return splits
+
+
+def _dataset_source(data: DataConfig, split: str, splits: Mapping[str, Any]) -> Source:
+    """The stories of one split; of the training split or else the first one, if there are not both."""
+    has_splits = "train" in splits and "validation" in splits
+    part = splits[split if has_splits else "train" if "train" in splits else next(iter(splits))]
+    count = TINYSTORIES_COUNTS[split]
+    if data.source == TINYSTORIES and data.max_stories is None and len(part) != count:
+        raise StoryLLMError(
+            f"{TINYSTORIES} has {len(part):,} {split} stories, must be {count:,}; "
             "the download is incomplete or the dataset has changed: clear the datasets cache, or use local files"
         )
-    stories: Iterator[Any] = (story for batch in part.iter(batch_size=1_000) for story in batch[data.text_column])
-    if not has_both_splits:
-        stories = _hold_out(stories, split, data.validation_fraction)
-    return _validated(stories, data.source)
+    return lambda: _validated(_column(part, data), data.source), has_splits
 
 
-def _missing_column(column: str, columns: list[str]) -> str:
-    available = ", ".join(columns[:20])[:300]
-    return f"has no column {column[:100]!r}, only {available}; set data.text_column (--text-column)"
-
-
-# Local files
-
-
-def _local_stories(data: DataConfig, split: str) -> Iterator[str]:
-    files = _local_files(data.source)
-    stories = (story for path in files[split] for story in _validated(_file_stories(path, data.text_column), str(path)))
-    if files["train"] == files["validation"]:
-        return _hold_out(stories, split, data.validation_fraction)
-    return stories
-
-
-def _local_files(source: str) -> dict[str, list[Path]]:
-    """The files of each split.
-
-    A file belongs to a split if its name contains "train", or "valid", "val" or "dev". Unless both kinds exist, each
-    split gets every file.
-    """
-    path = Path(source)
-    files = [path] if path.is_file() else _story_files(path)
-    if not files:
-        raise StoryLLMError(f"{source} contains no {', '.join(SUFFIXES)} files; pass another folder or file")
-    if files[0].suffix not in SUFFIXES:
+def _column(part: Any, data: DataConfig) -> Iterator[tuple[Any, bool]]:
+    """The values in the text column of a dataset, as pieces."""
+    try:
+        for batch in part.with_format(None).iter(batch_size=1_000):
+            if data.text_column not in batch:
+                raise StoryLLMError(f"{data.source} {missing_column(data.text_column, list(batch))}")
+            yield from ((story, True) for story in batch[data.text_column])
+    except StoryLLMError:
+        raise
+    except Exception as error:  # a corrupted file, or the network while streaming
         raise StoryLLMError(
-            f"{source} has the suffix {path.suffix!r}, must be one of {', '.join(SUFFIXES)}; convert the file"
-        )
-    train = [p for p in files if re.search(r"train", p.stem, re.IGNORECASE)]
-    validation = [p for p in files if re.search(r"valid|(^|[-_.])(val|dev)([-_.]|$)", p.stem, re.IGNORECASE)]
-    if train and validation and not set(train) & set(validation):
-        return {"train": train, "validation": validation}
-    return {"train": files, "validation": files}
-
-
-def _story_files(folder: Path) -> list[Path]:
-    """The story files in a folder and its subfolders, sorted, without hidden ones (such as Jupyter's checkpoints)."""
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and path.is_file())
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-
-
-def _file_stories(path: Path, column: str) -> Iterator[object]:
-    if path.suffix == ".parquet":
-        return _parquet_stories(path, column)
-    if path.suffix == ".jsonl":
-        return _jsonl_stories(path, column)
-    return _txt_stories(path)
-
-
-def _parquet_stories(path: Path, column: str) -> Iterator[object]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if column not in file.schema_arrow.names:
-                raise StoryLLMError(f"{path} {_missing_column(column, file.schema_arrow.names)}")
-            rows = 0
-            for group in range(file.num_row_groups):  # one at a time: given all groups, pyarrow prefetches the file
-                for batch in file.iter_batches(batch_size=1_000, columns=[column], row_groups=[group]):
-                    rows += len(batch)
-                    yield from batch.column(0).to_pylist()
-            if rows != file.metadata.num_rows:
-                raise pa.ArrowInvalid(f"{rows} rows of {file.metadata.num_rows}")
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error)[:200]
-        raise StoryLLMError(f"{path} is not a valid Parquet file ({reason}); download or copy it again") from error
-
-
-def _jsonl_stories(path: Path, column: str) -> Iterator[object]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            story = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            key = repr(column[:100])
-            raise StoryLLMError(
-                f"{path} line {number} is not a JSON object with the key {key}; fix the line, or set "
-                "data.text_column (--text-column)"
-            ) from error
-        yield story
-
-
-def _txt_stories(path: Path) -> Iterator[str]:
-    """Stories separated by lines that contain only END_OF_TEXT. The newline before a separator is part of it."""
-    story: list[str] = []
-    for _, line in _lines(path):
-        if line.rstrip("\r\n") == END_OF_TEXT:
-            yield "".join(story).removesuffix("\n").removesuffix("\r")
-            story = []
-        else:
-            story.append(line)
-    if any(story):
-        yield "".join(story)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers from 1 and lines with their newlines, decoded as UTF-8. A byte order mark is skipped."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                try:
-                    yield number, line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise StoryLLMError(
-                        f"{path} line {number} is not UTF-8 (byte 0x{line[error.start]:02x}); convert the file to UTF-8"
-                    ) from error
-    except OSError as error:
-        raise StoryLLMError(f"cannot read {path} ({error.strerror})") from error
+            f"cannot read {data.source} ({type(error).__name__}); check the network connection, or download it again"
+        ) from error
 
 
 # Validation and cleaning
 
 
-def _validated(stories: Iterable[object], source: str) -> Iterator[str]:
-    """The same stories. Raises StoryLLMError for one that is not Unicode text or that tiktoken cannot encode."""
-    for number, story in enumerate(stories, 1):
-        if not isinstance(story, str):
+def _joined(pieces: Iterable[Piece]) -> Iterator[str]:
+    """Whole stories."""
+    parts = []
+    for text, ends_story in pieces:
+        parts.append(text)
+        if ends_story:
+            yield "".join(parts)
+            parts = []
+
+
+def _first_stories(pieces: Iterator[Piece], count: int | None) -> Iterator[Piece]:
+    """The first `count` stories, or all of them."""
+    for text, ends_story in pieces:
+        yield text, ends_story
+        if count is not None and ends_story:
+            count -= 1
+            if not count:
+                return
+
+
+def _validated(pieces: Iterable[tuple[Any, bool]], source: str) -> Iterator[Piece]:
+    """The same pieces. Raises StoryLLMError for one that is not Unicode text or that tiktoken cannot encode."""
+    number = 1
+    for text, ends_story in pieces:
+        if not isinstance(text, str):
             raise StoryLLMError(
-                f"{source} story {number} is {type(story).__name__}, must be text; set data.text_column (--text-column)"
+                f"{source} story {number} is {type(text).__name__}, must be text; set data.text_column (--text-column)"
             )
         try:
-            story.encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise StoryLLMError(f"{source} story {number} has an unpaired surrogate; fix its \\u escapes") from error
-        check_whitespace(story, f"{source} story {number}")
-        yield story
+        check_whitespace(text, f"{source} story {number}")
+        yield text, ends_story
+        number += ends_story
 
 
-def _cleaned(stories: Iterable[str]) -> Iterator[str]:
+def _cleaned(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Stories with mojibake fixed and surrounding whitespace stripped, without those that are then empty."""
-    for story in stories:
-        story = re.sub(r"[^\x00-\x7f]{2,}", _fix_mojibake, story).strip()
-        if story:
-            yield story
+    started, whitespace = False, ""
+    for text, ends_story in pieces:
+        text = whitespace + re.sub(r"[^\x00-\x7f]{2,}", _fix_mojibake, text)
+        if not started:
+            text = text.lstrip()
+        stripped = text.rstrip()
+        whitespace = "" if ends_story else text[len(stripped) :]  # belongs to the next piece, if the story goes on
+        started = started or bool(stripped)
+        if started:
+            yield stripped, ends_story
+        started = started and not ends_story
 
 
 def _fix_mojibake(match: re.Match[str]) -> str:

@@ -103,6 +103,8 @@ def open_token_file(path: str | Path) -> TokenFile:
     Raises StoryLLMError if the file is missing or does not match its description.
     """
     path = Path(path)
+    if path.suffix != ".bin":
+        raise StoryLLMError(f"{path} is not a .bin; pass one that `storyllm prepare` wrote")
     _check_exists(path)
     size = path.stat().st_size
     if size % TOKEN_DTYPE.itemsize:

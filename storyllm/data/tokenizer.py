@@ -16,7 +16,7 @@ from typing import Any
 import tiktoken
 
 from ..config import StoryLLMError
-from .stories import END_OF_TEXT
+from .formats import END_OF_TEXT
 
 # GPT-2's pretokenization (Radford et al. 2019). The ByteLevel pretokenizer of `tokenizers` uses the same pattern.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

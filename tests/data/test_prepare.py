@@ -12,21 +12,22 @@ import shutil
 import signal
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiktoken
-from helpers import folder_contents, jsonl_bytes, random_stories, run_in_subprocess, stories_in
+from helpers import folder_contents, jsonl_bytes, random_stories, run_in_subprocess, stories_in, write_stories
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storyllm import DataConfig, StoryLLMError, load_tokenizer, open_token_file, prepare, read_stories, verify
+from storyllm.data import formats
 from storyllm.data import prepare as prepare_module
 from storyllm.data.prepare import BATCH_CHARACTERS, encoded_batches
-from storyllm.data.token_file import PreparedData, read_info
+from storyllm.data.token_file import PreparedData, open_dataset, read_info
 from storyllm.data.tokenizer import gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
 from storyllm.files import lock_folder, read_json, write_json
 
@@ -147,12 +148,71 @@ def test_any_stories_survive_preparation(tmp_path_factory: pytest.TempPathFactor
     survive()
 
 
+def test_a_few_stories_are_enough_for_a_window(tmp_path: Path, out: Path) -> None:
+    path = write_stories(tmp_path / "a.txt", random_stories(40))
+    with pytest.warns(UserWarning, match=r"a\.txt is small") as caught:
+        info = prepare(config(path), out)
+    assert len(caught) == 1
+    assert info.train.stories + info.validation.stories == 40
+    assert info.validation.tokens > 256
+
+
+@pytest.mark.filterwarnings("ignore:.* is small")
+def test_a_book_is_cut_into_a_training_and_a_validation_story(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: Path
+) -> None:
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 1_000)  # a book of the usual size is one piece
+    text = " ".join(random_stories(60))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
+    info = prepare(config(tmp_path / "book.txt"), out)
+    (train,), (validation,) = (
+        stories_in(out / f"{split}.bin", load_tokenizer(out)) for split in ("train", "validation")
+    )
+    assert train + validation == text
+    assert info.validation.tokens > 256
+
+
+def test_max_stories_limits_each_split(source: Path, out: Path) -> None:
+    info = prepare(config(source, max_stories=7), out)
+    assert (info.train.stories, info.validation.stories) == (7, 7)
+    assert stories_in(out / "train.bin", load_tokenizer(out)) == STORIES["train"][:7]
+
+
+def test_settings_without_a_value_are_not_part_of_the_request(source: Path, out: Path) -> None:
+    """Data that was prepared before such a setting existed stays valid."""
+    assert "max_stories" not in prepare(config(source), out).train.request
+    assert open_dataset(out).config == config(source)
+
+
+@pytest.mark.parametrize(
+    ("names", "lines"),
+    [
+        ("train valid test", ["train: train.jsonl", "validation: valid.jsonl", "skipped: test.jsonl"]),
+        ("1 2 3 4 5 6 7", ["stories: 1.jsonl, 2.jsonl, 3.jsonl, 4.jsonl, 5.jsonl and 2 more"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* is small")
+def test_the_files_of_a_folder_are_printed(
+    tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str], names: str, lines: list[str]
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in names.split():
+        write_stories(source / f"{name}.jsonl", random_stories(40))
+    prepare(config(source), out)
+    assert capsys.readouterr().out.splitlines()[: len(lines)] == lines
+
+
 # Batches
+
+
+def pieces_of(stories: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    return ((story, True) for story in stories)
 
 
 def assert_encoded(stories: list[str], tokenizer: tiktoken.Encoding) -> None:
     """Checks `encoded_batches` against the stories encoded one by one."""
-    batches = list(encoded_batches(iter(stories), tokenizer))
+    batches = list(encoded_batches(pieces_of(stories), tokenizer))
     ids = [token for story in stories for token in [*tokenizer.encode_ordinary(story), tokenizer.eot_token]]
     assert np.concatenate([batch.ids for batch in batches]).tolist() == ids
     assert all(batch.ids.dtype == np.uint16 for batch in batches)
@@ -165,7 +225,7 @@ def test_end_of_text_in_a_story_is_ordinary_text_in_every_batch() -> None:
     filler = "Zoë and the cat. " * (BATCH_CHARACTERS // 17)  # fills most of a batch
     stories = [MARK, filler, *rest, filler, f"a{MARK}b", filler, *rest, f"a {MARK}"]
     tokenizer = train_bpe(rest, 262)
-    assert len(list(encoded_batches(stories, tokenizer))) > 2
+    assert len(list(encoded_batches(pieces_of(stories), tokenizer))) > 2
     assert_encoded(stories, tokenizer)
 
 
@@ -200,7 +260,7 @@ def test_stories_are_read_a_bounded_number_of_batches_ahead() -> None:
             read += 1
             yield "a" * (BATCH_CHARACTERS // 4)
 
-    batches = encoded_batches(stories(), train_bpe([], 257))
+    batches = encoded_batches(pieces_of(stories()), train_bpe([], 257))
     for number in range(1, 4):
         next(batches)
         assert read <= 4 * (number + (os.cpu_count() or 1) + 1)
@@ -304,6 +364,7 @@ def changed_validation_stories(source: Path) -> DataConfig:
 OTHER_DATA: dict[str, Callable[[Path], DataConfig]] = {
     "vocabulary": lambda source: config(source, tokenizer="bpe:299"),
     "cleaning": lambda source: config(source, clean=True),
+    "number of stories": lambda source: config(source, max_stories=3),
     "column": lambda source: config(source, text_column="story"),
     "source": lambda source: config(write_source(source.parent / "b", {"train": ["a"], "validation": ["b"]})),
     "synthetic": lambda source: config(Path("synthetic"), synthetic_stories=20),

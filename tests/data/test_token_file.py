@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import flip_bit
+from helpers import flip_bit, random_stories
 
 from storyllm import DataConfig, StoryLLMError, load_tokenizer, open_token_file, prepare, verify
 from storyllm.data import token_file
@@ -60,6 +60,20 @@ def test_open_token_file(tiny_data: Path, split: str) -> None:
     assert tokens.info == read_info(path) == read_info(path.with_suffix(".json"))
 
 
+@pytest.mark.parametrize("name", ["stories.txt", "train.json", "."])
+def test_what_is_not_a_bin_is_refused(data: Path, name: str) -> None:
+    (data / "stories.txt").write_text("An odd number of bytes.")
+    message = error_of(lambda: open_token_file(data / name))
+    assert "is not a .bin" in message and str(data) in message
+
+
+def test_nanogpt_can_read_the_ids(tiny_data: Path) -> None:
+    """As `get_batch` in its train.py does."""
+    ids = np.memmap(tiny_data / "train.bin", dtype=np.uint16, mode="r")
+    assert ids.tolist() == open_token_file(tiny_data / "train.bin").ids.tolist()
+    assert ids[0:16].astype(np.int64).tolist() == load_tokenizer(tiny_data).encode_ordinary(random_stories(400)[0])[:16]
+
+
 def test_open_dataset(tiny_data: Path) -> None:
     dataset = open_dataset(str(tiny_data))
     for split in ("train", "validation"):
@@ -77,7 +91,7 @@ def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
     for call in (open_token_file, read_info, load_tokenizer, open_dataset, verify):
         message = error_of(lambda call=call: call(tmp_path / name))
         assert str(tmp_path) in message
-        assert "not found" in message and "storyllm prepare" in message
+        assert ("not found" in message or "is not a .bin" in message) and "storyllm prepare" in message
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.json", "validation.bin", "validation.json", "vocabulary.json"])

@@ -27,6 +27,7 @@ from helpers import (
     parquet_bytes,
     random_stories,
     run_in_subprocess,
+    source_of,
     stories_in,
     txt_bytes,
 )
@@ -35,6 +36,7 @@ from hypothesis import strategies as st
 
 import storyllm
 from storyllm import DataConfig, StoryLLMError, load_tokenizer, prepare, read_stories
+from storyllm.data.formats import file_format
 from storyllm.data.stories import source_fingerprint
 
 MARK = "<|endoftext|>"
@@ -48,7 +50,11 @@ PARQUET_OPTIONS: dict[str, dict[str, Any]] = {
     "checksums": {"compression": "none", "use_dictionary": True, "write_page_checksum": True, "row_group_size": 5},
     "checksums-snappy": {"compression": "snappy", "use_dictionary": False, "write_page_checksum": True},
 }
-KINDS = [(".txt", ""), (".jsonl", ""), *((".parquet", kind) for kind in PARQUET_OPTIONS)]
+KINDS = [
+    *((suffix, "") for suffix in (".txt", ".jsonl", ".json", ".csv")),
+    (".jsonl.gz", "gz"),
+    *((".parquet", kind) for kind in PARQUET_OPTIONS),
+]
 
 
 # Independent readers: the stories in a file, or None if it must be refused.
@@ -59,8 +65,9 @@ def expected_txt(content: bytes) -> list[str] | None:
         text = content.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError:
         return None
-    *ended, last = re.split(rf"(?:(?<=\n)|\A){re.escape(MARK)}\r*(?:\n|\Z)", text)
-    return [re.sub(r"\r?\n\Z", "", story) for story in ended] + [last] * bool(last)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    *ended, last = re.split(rf"(?:(?<=\n)|\A){re.escape(MARK)}(?:\n|\Z)", text)
+    return [re.sub(r"\n\Z", "", story) for story in ended] + [last] * bool(last)
 
 
 def expected_jsonl(content: bytes) -> list[str] | None:
@@ -74,7 +81,18 @@ def expected_jsonl(content: bytes) -> list[str] | None:
     return stories if all(isinstance(story, str) for story in stories) else None
 
 
-EXPECTED = {".txt": expected_txt, ".jsonl": expected_jsonl}
+def expected_json(content: bytes) -> list[str] | None:
+    """An array is read as if it were JSON lines."""
+    try:
+        text = content.removeprefix(b"\xef\xbb\xbf").decode()
+        if text.lstrip().startswith("["):
+            content = "\n".join(json.dumps(value) for value in json.loads(text)).encode()
+    except (ValueError, RecursionError):
+        return None
+    return expected_jsonl(content)
+
+
+EXPECTED = {".txt": expected_txt, ".jsonl": expected_jsonl, ".json": expected_json}
 
 
 def assert_clear_message(message: str, path: Path | str) -> None:
@@ -100,10 +118,12 @@ def stories_or_none(path: Path, **fields: Any) -> list[str] | None:
 
 def assert_read_or_refused(path: Path, content: bytes, kind: str = "") -> None:
     """Checks the result of reading `content`, a corrupted file of STORIES if `kind` is given."""
-    path.write_bytes(content)
-    found = stories_or_none(path)
-    if path.suffix in EXPECTED:
-        assert found == EXPECTED[path.suffix](content)
+    suffix = str(file_format(path))
+    found = stories_or_none(source_of(path.with_name(f"{path.name}-source"), suffix, content))
+    if suffix in EXPECTED:
+        assert found == EXPECTED[suffix](content)
+    elif kind == "gz":
+        assert found in (None, STORIES) or (not content and not found), "the stories differ"
     elif kind.startswith("checksums"):
         assert found in (None, STORIES), "the stories differ"
     elif kind:  # without checksums, corrupted text cannot be noticed; missing stories can
@@ -171,7 +191,7 @@ def try_corruptions(kinds: list[tuple[str, str]], exhaustive: bool, cases: int) 
     before = None
     for suffix, kind in kinds:
         rng = random.Random(f"{suffix} {kind}")
-        content = parquet_bytes(STORIES, **PARQUET_OPTIONS[kind]) if kind else STORY_FORMATS[suffix](STORIES)
+        content = STORY_FORMATS[suffix](STORIES, **PARQUET_OPTIONS.get(kind, {}))
         path = Path(f"a{suffix}")
         assert_read_or_refused(path, content, kind)
         before = before or peak_memory()
@@ -210,6 +230,25 @@ def test_many_corrupted_files(tmp_path: Path, kind: tuple[str, str], exhaustive:
     run_cases(tmp_path, try_corruptions, [kind], exhaustive, cases, timeout=1_200)
 
 
+def try_corruptions_of_a_saved_dataset(cases: int) -> None:
+    """In a subprocess: a folder written by `save_to_disk`, whose .arrow has no checksums."""
+    import datasets
+
+    datasets.Dataset.from_dict({"text": random_stories(100)}).save_to_disk("saved")
+    (path,) = Path("saved").glob("*.arrow")
+    content = path.read_bytes()
+    for case, changed in islice(random_corruptions(content, random.Random(0)), cases):
+        Path("case.txt").write_text(case)
+        path.unlink()  # the previous one may still be memory-mapped
+        path.write_bytes(changed)
+        stories_or_none(Path("saved"))
+
+
+@pytest.mark.parametrize("cases", [200, pytest.param(5_000, marks=[pytest.mark.campaign, pytest.mark.timeout(1_300)])])
+def test_corrupted_saved_dataset(tmp_path: Path, cases: int) -> None:
+    run_cases(tmp_path, try_corruptions_of_a_saved_dataset, cases, timeout=110 if cases == 200 else 1_200)
+
+
 # Random content
 
 REPEATABLE = settings(
@@ -224,7 +263,7 @@ PIECES = st.sampled_from([
 ANY_BYTES = st.lists(st.one_of(st.binary(max_size=20), PIECES), max_size=30).map(b"".join)
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
 @REPEATABLE
 @given(content=ANY_BYTES)
 @example(content=b"")
@@ -240,7 +279,7 @@ def test_any_bytes(tmp_path_factory: pytest.TempPathFactory, suffix: str, conten
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
 @settings(REPEATABLE, max_examples=4_000)
 @given(content=ANY_BYTES)
 def test_many_random_bytes(tmp_path_factory: pytest.TempPathFactory, suffix: str, content: bytes) -> None:
@@ -390,10 +429,7 @@ def prepare_large_file(
 ) -> None:
     """Prepares a file and checks the result and peak memory in MB. The file may be refused."""
     Path("case.txt").write_text(case)
-    source, out = Path(f"source {case}"), Path(f"data {case}")
-    source.mkdir()
-    (source / f"train{suffix}").write_bytes(content)
-    (source / "validation.txt").write_bytes(txt_bytes(STORIES))
+    source, out = source_of(Path(f"source {case}"), suffix, content), Path(f"data {case}")
     with open(os.devnull, "w") as sys.stdout, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # too few stories for the vocabulary
         try:
@@ -414,6 +450,21 @@ def prepare_long_stories(cases: list[tuple[str, str]], size: int) -> None:
         limit = before + 250 + 90 * size / MEGABYTE  # merging one long word takes about 75 bytes per byte
         case = f"{kind} {tokenizer}".replace(":", "-")
         prepare_large_file(case, ".txt", text.encode(), [text], tokenizer, limit)
+
+
+def prepare_book(size: int, limit: float) -> None:
+    """In a subprocess: a book of `size` bytes in a single line. Checks the peak memory in MB."""
+    text = " ".join(STORIES).replace("\n", " ") + " "
+    with open("book.txt", "w", encoding="utf-8") as file:
+        for _ in range(size // len(text.encode())):
+            file.write(text)
+    before = peak_memory()
+    with open(os.devnull, "w") as sys.stdout:
+        info = prepare(DataConfig(source="book.txt", tokenizer="bpe:300"), Path("data"))
+    sys.stdout = sys.__stdout__
+    assert info.train.stories == info.validation.stories == 1
+    assert info.train.bytes + info.validation.bytes == Path("book.txt").stat().st_size
+    assert peak_memory() - before < limit, f"{peak_memory() - before:.0f} MB"
 
 
 def prepare_empty_stories(suffixes: list[str], number: int) -> None:
@@ -458,6 +509,12 @@ def test_story_of_50_megabytes(request: pytest.FixtureRequest, tmp_path: Path, k
     if tokenizer == "gpt2":
         request.getfixturevalue("gpt2_cache")
     run_cases(tmp_path, prepare_long_stories, [(kind, tokenizer)], 50 * MEGABYTE, timeout=1_200)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1_300)
+def test_book_is_not_loaded_into_memory(tmp_path: Path) -> None:
+    run_cases(tmp_path, prepare_book, 200 * MEGABYTE, 150, timeout=1_200)
 
 
 @pytest.mark.campaign

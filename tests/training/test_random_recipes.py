@@ -158,6 +158,7 @@ EFFECTS = {
     "data.tokenizer": ("bpe:400", "same"),
     "data.text_column": ("story", "same"),
     "data.validation_fraction": (0.5, "same"),
+    "data.max_stories": (7, "same"),
     "data.clean": (True, "same"),
     "data.synthetic_stories": (7, "same"),
     "data.synthetic_seed": (7, "same"),
