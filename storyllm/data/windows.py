@@ -116,7 +116,7 @@ def _check_one_window(ids: np.ndarray, block_size: int) -> None:
     if len(ids) <= block_size:
         raise StoryLLMError(
             f"the data has {len(ids)} tokens, must have at least {block_size + 1} for a window of {block_size}; "
-            "prepare more stories (or raise validation_fraction), or lower model.block_size"
+            "prepare more stories, or lower model.block_size"
         )
 
 
