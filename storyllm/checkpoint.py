@@ -127,6 +127,9 @@ def restore_model(contents: dict[str, Any], path: str | Path) -> tuple[GPT, tikt
         if not all(weight.dtype == torch.float32 for weight in weights.values()):
             raise StoryLLMError("the weights are not float32")
         model.load_state_dict(weights, assign=True)
+        head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
+        if not (head.is_set_to(embedding) or torch.equal(head, embedding)):
+            raise StoryLLMError("lm_head.weight differs from transformer.wte.weight, must be tied to it")
         model.tie_weights()
     except (StoryLLMError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

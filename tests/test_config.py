@@ -40,10 +40,10 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "data.clean": (True, [1, "yes"]),
     "data.synthetic_stories": (10, [0, -1, 2.0]),
     "data.synthetic_seed": (7, [-1, 0.5]),
-    "train.max_iters": (10, [0, -5, 1e4, "20000"]),
+    "train.max_iters": (10, [0, -5, 1e4, "20000", np.float64(10), np.True_]),
     "train.stop_at": (100, [0, -1, 1.0, "end"]),
     "train.batch_size": (1, [0, 2.5, 2**31]),
-    "train.gradient_accumulation_steps": (1, [0, -1]),
+    "train.gradient_accumulation_steps": (1, [0, -1, 2**15 + 1]),
     "train.micro_batch_size": (4, [0, "all", 4.0, None, True, 2**31]),
     "train.windows": ("shuffled", ["Random", "", None]),
     "train.optimizer": ("muon", ["Muon", "sgd", None]),
@@ -115,6 +115,20 @@ def test_an_invalid_value_is_rejected_with_field_and_value(name: str, value: Any
 @pytest.mark.parametrize("name", ["model.n_head", "train.compile", "train.learning_rate", "data.source"])
 def test_an_array_is_rejected_in_one_line(name: str) -> None:
     assert name.split(".")[1] in override_error({name: np.eye(3)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("train.max_iters", number) for number in (np.int64(7), np.uint8(7))),
+        *(("train.learning_rate", number) for number in (np.float64(0.5), np.float32(0.5), np.int32(1))),
+        *(("train.stop_at", np.int64(3)), ("train.micro_batch_size", np.int64(3))),
+    ],
+)
+def test_numpy_numbers_become_python_numbers(name: str, value: Any) -> None:
+    stored = field_of(Recipe().override({name: value}), name)
+    assert stored == value
+    assert type(stored) is (float if name == "train.learning_rate" else int)
 
 
 def test_fields_that_are_only_valid_together_can_be_changed_together() -> None:

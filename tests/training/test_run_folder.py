@@ -263,14 +263,13 @@ def test_a_log_that_lost_entries_is_resumed_with_a_warning(saved_run, data, kept
     assert state.log_bytes == (log.read_bytes().rfind(b"\n") + 1 if log.exists() else 0)
 
 
-def test_a_deleted_log_line_is_noticed(saved_run, data):
+def test_a_deleted_log_line_is_an_error(saved_run, data):
     """Entries after the last save make the log long enough, but its lines end elsewhere."""
     log = saved_run / "log.jsonl"
     _, *rest = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join([*rest, b'{"event": "update", "iteration": 12, "learning_rate": 0.1}\n']))
-    with pytest.warns(UserWarning, match=r"log\.jsonl lost"):
-        state = RunFolder(saved_run, TINY, data).load()["state"]
-    assert read_log(log, state.log_bytes).updates
+    with pytest.warns(UserWarning, match="lost"), pytest.raises(StoryLLMError, match=r"log\.jsonl line 1 .*out of order"):
+        RunFolder(saved_run, TINY, data).load()
 
 
 def test_a_corrupted_log_is_an_error(saved_run, data):
