@@ -94,7 +94,7 @@ def _is_available(name: str) -> bool:
     if name == "mps" and not torch.backends.mps.is_available():
         return False
     try:
-        return bool((torch.ones(2, device=name) + 1).sum() == 4)
+        return bool((torch.ones(2, dtype=torch.float32, device=name) + 1).sum() == 4)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError):
         return False  # unknown name, not compiled in, or no such device
 
