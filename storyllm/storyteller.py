@@ -105,8 +105,8 @@ class Storyteller:
     def score(self, text: str) -> Score:
         """The log-probability of each token of `text`, given the tokens before it, in nats.
 
-        The first token is predicted from the end-of-text token, as at the start of a story. As in `evaluate`, windows of
-        `block_size` tokens do not overlap: beyond the context, a token is predicted from the earlier tokens of its
+        The first token is predicted from the end-of-text token, as at the start of a story. As in `evaluate`, windows
+        of `block_size` tokens do not overlap: beyond the context, a token is predicted from the earlier tokens of its
         window. Raises StoryLLMError if `text` is not a string.
         """
         if not isinstance(text, str):

@@ -238,9 +238,7 @@ def test_the_examples_of_the_architecture_page_run(tiny_data, tiny_run, tmp_path
     (tmp_path / "data").symlink_to(tiny_data)
     (tmp_path / "checkpoints").symlink_to(tiny_run)
     code = "\n".join(re.findall(r"```python\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL))
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3_000:]
 
 
