@@ -268,7 +268,10 @@ def test_a_deleted_log_line_is_an_error(saved_run, data):
     log = saved_run / "log.jsonl"
     _, *rest = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join([*rest, b'{"event": "update", "iteration": 12, "learning_rate": 0.1}\n']))
-    with pytest.warns(UserWarning, match="lost"), pytest.raises(StoryLLMError, match="line 1 is .*out of order"):
+    with (
+        pytest.warns(UserWarning, match="lost"),
+        pytest.raises(StoryLLMError, match="line 1 is corrupted, out of order"),
+    ):
         RunFolder(saved_run, TINY, data).load()
 
 
