@@ -42,7 +42,9 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any], keep: int = 0) -
     try:
         with atomic_write(Path(path), keep) as file:
             torch.save(contents, file)
-    except RuntimeError as error:  # raised by PyTorch's writer when the disk is full
+    except RuntimeError as error:  # raised by PyTorch's writer when a write fails
+        if isinstance(error.__context__, OSError):
+            raise os_error("write", path, error.__context__) from error
         reason = " ".join(str(error).split())[:100]
         raise StoryLLMError(
             f"cannot write {path} ({reason}); free some disk space (an existing file is unchanged)"
