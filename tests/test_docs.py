@@ -44,7 +44,9 @@ def without_fences(text):
 
 def command_lines(page):
     """The lines of the page's code blocks without a language, with continued lines joined and comments removed."""
-    for block in re.findall(r"^```\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL):
+        if language:
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["uvx"]:  # uvx --from ADDRESS command
