@@ -64,7 +64,8 @@ def main(
                         rates.setdefault((setting, load), []).append(measure_in_process(task, seconds, setting))
         for setting in ("", *settings):
             idle, loaded = (statistics.median(rates[setting, load]) for load in (False, True))
-            print(f"  {setting or "PyTorch's default":<42} {idle:>10.4g} {loaded:>10.4g}  ({loaded / idle:.0%} of idle)")
+            name = setting or "PyTorch's default"
+            print(f"  {name:<42} {idle:>10.4g} {loaded:>10.4g}  ({loaded / idle:.0%} of idle)")
         sys.stdout.flush()
 
 

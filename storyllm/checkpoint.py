@@ -42,7 +42,9 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any], keep: int = 0) -
     try:
         with atomic_write(Path(path), keep) as file:
             torch.save(contents, file)
-    except RuntimeError as error:  # raised by PyTorch's writer when the disk is full
+    except RuntimeError as error:  # raised by PyTorch's writer when a write fails
+        if isinstance(error.__context__, OSError):
+            raise os_error("write", path, error.__context__) from error
         reason = " ".join(str(error).split())[:100]
         raise StoryLLMError(
             f"cannot write {path} ({reason}); free some disk space (an existing file is unchanged)"
@@ -127,6 +129,9 @@ def restore_model(contents: dict[str, Any], path: str | Path) -> tuple[GPT, tikt
         if not all(weight.dtype == torch.float32 for weight in weights.values()):
             raise StoryLLMError("the weights are not float32")
         model.load_state_dict(weights, assign=True)
+        head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
+        if not (head.is_set_to(embedding) or torch.equal(head, embedding)):
+            raise StoryLLMError("lm_head.weight differs from transformer.wte.weight, must be tied to it")
         model.tie_weights()
     except (StoryLLMError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 MAX_SIZE = 2**31 - 1  # more windows, tokens or features than fit any memory; larger sizes overflow in PyTorch
+MAX_WINDOWS = 2**20  # windows of an update; all of them are in memory at once
 
 
 def printable(text: str) -> str:
@@ -39,19 +42,33 @@ class StoryLLMError(Exception):
         return [f"StoryLLMError: {self}"]
 
 
+def plain_number(value: Any) -> Any:
+    """A NumPy number as a Python number, anything else unchanged."""
+    return value.item() if isinstance(value, np.number) else value
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: in one line and shortened, since it may be untrusted, long or a tensor."""
+    if type(value) is int and value.bit_length() > 1_000:  # Python refuses to format it
+        return f"an integer of {value.bit_length()} bits"
+    return " ".join(reprlib.repr(value).split())
+
+
 def _check_types(config: Any) -> None:
-    """Raises StoryLLMError unless each field has its declared type. Converts an int to float where needed."""
+    """Raises StoryLLMError unless each field has its declared type.
+
+    Converts NumPy numbers to Python numbers, and an int to float where needed.
+    """
     for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+        value = plain_number(getattr(config, name))
         options = [hint] if get_origin(hint) is Literal or not get_args(hint) else list(get_args(hint))
-        if type(value) is int and value.bit_length() > 1_000:  # Python refuses to format it
-            raise StoryLLMError(f"{name} is an integer of {value.bit_length()} bits, must be less than 2**63")
+        if type(value) is int and value.bit_length() > 1_000:
+            raise StoryLLMError(f"{name} is {shown(value)}, must be less than 2**63")
         if float in options and type(value) is int and abs(value) < 2**53:
-            object.__setattr__(config, name, float(value))  # the fields are frozen
-        elif not any(_matches(value, option) for option in options):
-            expected = " or ".join(map(_type_name, options))
-            given = " ".join(reprlib.repr(value).split())  # untrusted: it may be long or a tensor of several lines
-            raise StoryLLMError(f"{name} is {given}, must be {expected}")
+            value = float(value)
+        if not any(_matches(value, option) for option in options):
+            raise StoryLLMError(f"{name} is {shown(value)}, must be {' or '.join(map(_type_name, options))}")
+        object.__setattr__(config, name, value)  # the fields are frozen
 
 
 def _matches(value: Any, option: Any) -> bool:
@@ -204,6 +221,11 @@ class TrainConfig:
         _check_types(self)
         _check_range(self, 1, "max_iters", "stop_at", "gradient_accumulation_steps", "eval_interval")
         _check_range(self, 1, "batch_size", "micro_batch_size", "eval_windows", high=MAX_SIZE)
+        if self.windows_per_update > MAX_WINDOWS:
+            raise StoryLLMError(
+                f"batch_size * gradient_accumulation_steps is {self.windows_per_update:,}, must be at most "
+                f"{MAX_WINDOWS:,} windows per update; lower one of them"
+            )
         _check_range(self, 0, "learning_rate", "muon_lr_scale", exclusive=True)
         _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes")
         _check_range(self, 0, "keep_checkpoints", high=1_000)

@@ -94,7 +94,7 @@ def _is_available(name: str) -> bool:
     if name == "mps" and not torch.backends.mps.is_available():
         return False
     try:
-        return bool((torch.ones(2, device=name) + 1).sum() == 4)
+        return bool((torch.ones(2, dtype=torch.float32, device=name) + 1).sum() == 4)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError):
         return False  # unknown name, not compiled in, or no such device
 
@@ -123,9 +123,10 @@ def resolve_device_config(train: TrainConfig, model: GPTConfig) -> DeviceConfig:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True if `error` means that the device or the CPU ran out of memory. PyTorch has several exceptions for it."""
-    phrases = ("out of memory", "can't allocate memory", "bad_alloc", "could not create a primitive")  # last: oneDNN
+    # The last phrase is oneDNN's. A "primitive descriptor" cannot be created for a product that it does not support.
+    phrases = "out of memory|can't allocate memory|bad_alloc|could not create a primitive(?! descriptor)"
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+        isinstance(error, RuntimeError) and re.search(phrases, str(error)) is not None
     )
 
 

@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin while they wait for each other; comes first, since PyTorch's OpenMP reads it when loaded."""
+"""How long OpenMP's threads spin while they wait for each other. PyTorch reads it when it is imported: this comes first."""
 
 import os
 

@@ -6,23 +6,35 @@ import codecs
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import overload
 
+import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
 
 from .checkpoint import load_checkpoint, restore_model
-from .config import StoryLLMError
+from .config import StoryLLMError, plain_number, shown
 from .data.stories import check_whitespace
+from .data.windows import sequential_windows
 from .device import resolve_device
-from .model.decoding import decode
+from .model.decoding import decode, eval_mode
 from .model.gpt import GPT
 from .model.sampling import check_sampling
 
-
 DEFAULT_MAX_NEW_TOKENS = 500  # nearly all stories of TinyStories and of the synthetic generator are shorter
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of `Storyteller.score`: three lists with an entry for each token of the text."""
+
+    ids: list[int]
+    tokens: list[str]  # the text of each token; bytes that are only part of a character are replaced
+    log_probs: list[float]  # natural logarithms of the probabilities (nats)
 
 
 class Storyteller:
@@ -70,7 +82,7 @@ class Storyteller:
 
         With an empty prompt the model starts from the end-of-text token. A story ends at the end-of-text token or after
         `max_new_tokens`. `seed` makes it repeatable on the same machine. For temperature, top_k and top_p see
-        `next_token_probs`. Raises StoryLLMError if a parameter is invalid. Warns if a prompt exceeds the context, and if
+        `next_token_probs`. Raises StoryLLMError if a parameter is invalid. Warns if a prompt exceeds the context, or if
         `max_new_tokens` truncated a story.
         """
         if not isinstance(prompt, (str, list, tuple)):
@@ -94,6 +106,28 @@ class Storyteller:
         for _, piece in self._pieces([prompt], max_new_tokens, temperature, top_k, top_p, seed):
             yield piece
 
+    @torch.no_grad()
+    def score(self, text: str) -> Score:
+        """The log-probability of each token of `text`, given the tokens before it, in nats.
+
+        The first token is predicted from the end-of-text token, as at the start of a story. As in `evaluate`, windows
+        of `block_size` tokens do not overlap: beyond the context, a token is predicted from the earlier tokens of its
+        window. Raises StoryLLMError if `text` is not a string.
+        """
+        if not isinstance(text, str):
+            raise StoryLLMError(f"text is {type(text).__name__}, must be a string")
+        check_whitespace(text, "the text")
+        ids = self.tokenizer.encode_ordinary(text)
+        device, log_probs = self.model.lm_head.weight.device, []
+        windows = sequential_windows(np.array([self.tokenizer.eot_token, *ids]), self.model.config.block_size, 1)
+        with eval_mode(self.model):
+            for x, y in windows:  # (1, T) each
+                logits, _ = self.model(torch.from_numpy(x).to(device))
+                targets = torch.from_numpy(y).to(device)
+                log_probs += (-F.cross_entropy(logits[0].float(), targets[0], reduction="none")).tolist()
+        tokens = [self.tokenizer.decode_single_token_bytes(i).decode("utf-8", "replace") for i in ids]
+        return Score(ids, tokens, log_probs)
+
     def _pieces(
         self,
         prompts: list[str],
@@ -104,6 +138,7 @@ class Storyteller:
         seed: int | None,
     ) -> Iterator[tuple[int, str]]:
         """Yields (row, text): all prompts first, then the text of each new token. All rows advance in one batch."""
+        max_new_tokens, seed = plain_number(max_new_tokens), plain_number(seed)
         _check_arguments(prompts, max_new_tokens, seed)
         check_sampling(temperature, top_k, top_p)
         device = self.model.lm_head.weight.device
@@ -117,16 +152,17 @@ class Storyteller:
         if not prompts or max_new_tokens == 0:
             return
         # Decoding starts where the shortest prompt ends. The rest of the longer ones is forced.
-        start, end = min(map(len, rows)), max(map(len, rows)) + max_new_tokens
+        start, longest = min(map(len, rows)), max(map(len, rows))
         idx = torch.tensor([row[:start] for row in rows], device=device)
-        forced = torch.full((end, len(rows)), -1, device=device)
+        forced = torch.full((longest, len(rows)), -1, device=device)
         for row, ids in enumerate(rows):
             forced[: len(ids), row] = torch.tensor(ids, device=device)
         # A character may span several tokens: an incremental decoder holds its bytes back until it is complete.
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in rows]
         ends = [len(ids) + max_new_tokens for ids in rows]
         unfinished, truncated = set(range(len(rows))), 0
-        new_ids = decode(self.model, idx, end - start, temperature, top_k, top_p, generator, forced=forced[start:])
+        steps = longest - start + max_new_tokens
+        new_ids = decode(self.model, idx, steps, temperature, top_k, top_p, generator, forced=forced[start:])
         for position, next_ids in enumerate(new_ids, start):
             for row, token in enumerate(next_ids.tolist()):
                 if row not in unfinished or position < len(rows[row]):
@@ -163,9 +199,9 @@ def _check_arguments(prompts: list[str], max_new_tokens: int, seed: int | None) 
             raise StoryLLMError(f"a prompt is {type(prompt).__name__}, must be a string")
         check_whitespace(prompt, "the prompt")
     if type(max_new_tokens) is not int or max_new_tokens < 0:
-        raise StoryLLMError(f"max_new_tokens is {max_new_tokens}, must be an integer of at least 0")
+        raise StoryLLMError(f"max_new_tokens is {shown(max_new_tokens)}, must be an integer of at least 0")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
-        raise StoryLLMError(f"seed is {seed!r}, must be an integer from 0 to 2**63 - 1, or None")
+        raise StoryLLMError(f"seed is {shown(seed)}, must be an integer from 0 to 2**63 - 1, or None")
 
 
 def wrap(pieces: Iterable[str], width: int) -> Iterator[str]:

@@ -4,7 +4,7 @@
     python tests/run_notebook.py StoryLLM.ipynb run recipe_name=demo
 
 Writes run/StoryLLM.ipynb and run/StoryLLM.html. Parameters are set in a new cell after the one tagged "parameters", as
-papermill does. On the command line, they are strings. Ctrl-C interrupts the current cell, so training saves its progress.
+papermill does. On the command line, they are strings. Ctrl-C interrupts the current cell: training saves its progress.
 """
 
 from __future__ import annotations

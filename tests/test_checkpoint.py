@@ -137,6 +137,7 @@ def test_a_file_of_another_program_is_rejected(path, contents, other):
         lambda c: c["recipe"]["model"].update(n_head=5),
         lambda c: c["recipe"]["model"].update(surprise=1),
         lambda c: c["model"].pop("lm_head.weight"),
+        lambda c: c["model"].update({"lm_head.weight": c["model"]["lm_head.weight"] + 1}),  # not tied
         lambda c: c["model"].update(extra=torch.ones(1)),
         lambda c: c["model"].update({"transformer.ln_f.weight": torch.ones(32, dtype=torch.float16)}),
         lambda c: c.pop("tokenizer"),
@@ -177,7 +178,8 @@ def test_contents_that_cannot_be_saved_leave_the_old_file(path, contents):
 @pytest.mark.parametrize("size", [0, 10_000, 90_000])
 def test_a_full_disk_is_a_one_line_error_and_leaves_the_old_file(path, contents, size):
     before = folder_contents(path.parent)
-    with file_size_limit(size), pytest.raises(StoryLLMError, match=r"write .*best_model_params\.pt.*space") as caught:
+    message = r"write .*best_model_params\.pt \(File too large\); free some space"
+    with file_size_limit(size), pytest.raises(StoryLLMError, match=message) as caught:
         save_checkpoint(path, contents)
     assert "\n" not in str(caught.value)
     assert folder_contents(path.parent) == before

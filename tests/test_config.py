@@ -41,7 +41,7 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "data.clean": (True, [1, "yes"]),
     "data.synthetic_stories": (10, [0, -1, 2.0]),
     "data.synthetic_seed": (7, [-1, 0.5]),
-    "train.max_iters": (10, [0, -5, 1e4, "20000"]),
+    "train.max_iters": (10, [0, -5, 1e4, "20000", np.float64(10), np.True_]),
     "train.stop_at": (100, [0, -1, 1.0, "end"]),
     "train.batch_size": (1, [0, 2.5, 2**31]),
     "train.gradient_accumulation_steps": (1, [0, -1]),
@@ -130,6 +130,20 @@ def test_an_array_is_rejected_in_one_line(name: str) -> None:
     assert name.split(".")[1] in override_error({name: np.eye(3)})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("train.max_iters", number) for number in (np.int64(7), np.uint8(7))),
+        *(("train.learning_rate", number) for number in (np.float64(0.5), np.float32(0.5), np.int32(1))),
+        *(("train.stop_at", np.int64(3)), ("train.micro_batch_size", np.int64(3))),
+    ],
+)
+def test_numpy_numbers_become_python_numbers(name: str, value: Any) -> None:
+    stored = field_of(Recipe().override({name: value}), name)
+    assert stored == value
+    assert type(stored) is (float if name == "train.learning_rate" else int)
+
+
 def test_fields_that_are_only_valid_together_can_be_changed_together() -> None:
     recipe = Recipe().override({"model.n_head": 7, "model.n_embd": 70, "train.stop_at": None})
     assert (recipe.model.n_head, recipe.model.n_embd) == (7, 70)
@@ -182,6 +196,11 @@ def test_bpe_vocabularies_may_have_any_size_that_16_bit_ids_allow(size: int) -> 
 )
 def test_last_iteration_is_the_earlier_of_max_iters_and_stop_at(max_iters, stop_at, last) -> None:
     assert TrainConfig(max_iters=max_iters, stop_at=stop_at).last_iteration == last
+
+
+def test_an_update_has_a_largest_number_of_windows() -> None:
+    assert TrainConfig(batch_size=32, gradient_accumulation_steps=2**15).windows_per_update == 2**20
+    assert "32,000,000,000, must be at most 1,048,576" in override_error({"train.gradient_accumulation_steps": 10**9})
 
 
 def test_windows_per_update_is_batch_size_times_accumulation_steps() -> None:

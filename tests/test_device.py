@@ -263,6 +263,7 @@ def test_a_failed_allocation_is_recognized_as_out_of_memory():
         (RuntimeError("std::bad_alloc"), True),
         (RuntimeError("MPS backend out of memory"), True),
         (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for the matmul primitive"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],

@@ -5,10 +5,13 @@ import dataclasses
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import environment
 from test_package import ORDER
 
 import storyllm
@@ -41,7 +44,9 @@ def without_fences(text):
 
 def command_lines(page):
     """The lines of the page's code blocks without a language, with continued lines joined and comments removed."""
-    for block in re.findall(r"^```\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], re.MULTILINE | re.DOTALL):
+        if language:
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["uvx"]:  # uvx --from ADDRESS command
@@ -229,6 +234,14 @@ def test_python_examples_use_public_names_and_their_parameters(page):
             if isinstance(node, ast.Call) and _is_public_name(node.func):
                 signature = inspect.signature(getattr(storyllm, node.func.attr))
                 signature.bind(*node.args, **{keyword.arg: None for keyword in node.keywords})
+
+
+def test_the_examples_of_the_architecture_page_run(tiny_data, tiny_run, tmp_path):
+    (tmp_path / "data").symlink_to(tiny_data)
+    (tmp_path / "checkpoints").symlink_to(tiny_run)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3_000:]
 
 
 def _is_public_name(node):

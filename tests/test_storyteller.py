@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -191,7 +192,7 @@ def test_a_story_longer_than_the_context_does_not_warn(storyteller):
     [
         *(("max_new_tokens", value) for value in (-1, 2.5, None)),
         *(("temperature", -1.0), ("top_k", 0), ("top_p", 1.5)),
-        *(("seed", value) for value in (-1, 1.5, "1", 2**63)),
+        *(("seed", value) for value in (-1, 1.5, "1", 2**63, np.float64(1.5), np.True_)),
     ],
 )
 def test_an_invalid_argument_is_rejected_before_the_first_piece(storyteller, field, value):
@@ -199,6 +200,26 @@ def test_an_invalid_argument_is_rejected_before_the_first_piece(storyteller, fie
         storyteller.generate("One day", **{field: value})
     with pytest.raises(StoryLLMError, match=field):
         next(storyteller.stream("One day", **{field: value}))
+
+
+@pytest.mark.parametrize("field", ["max_new_tokens", "temperature", "top_k", "seed"])
+def test_an_integer_that_python_refuses_to_format_is_rejected_in_one_line(storyteller, field):
+    with pytest.raises(StoryLLMError, match=f"{field} is an integer of 16610 bits"):
+        storyteller.generate("One day", **{field: -(10**5000)})
+
+
+def test_numpy_numbers_are_accepted(storyteller):
+    options = {"max_new_tokens": 9, "temperature": 0.5, "top_k": 20, "top_p": 0.75, "seed": 3}
+    of_numpy = {
+        name: np.int8(value) if isinstance(value, int) else np.float32(value) for name, value in options.items()
+    }
+    assert storyteller.generate(["One day", LONG_PROMPT[:30]], **of_numpy) == storyteller.generate(
+        ["One day", LONG_PROMPT[:30]], **options
+    )
+
+
+def test_a_story_of_any_length_may_be_requested(scripted, tokenizer):
+    assert scripted(b"a", b"b", tokenizer.eot_token).generate("x", max_new_tokens=10**30) == "xab"
 
 
 @pytest.mark.parametrize("prompt", [None, 5, b"One", [5], ["One", None]])
@@ -213,6 +234,28 @@ def test_a_model_with_nan_weights_is_rejected(storyteller, rules):
         storyteller.model.transformer["ln_f"].weight.fill_(math.nan)
     with pytest.raises(StoryLLMError, match="finite"):
         storyteller.generate("Once", **rules)
+
+
+@pytest.mark.parametrize("text", ["", "A", "One day Zoë 🐌", LONG_PROMPT, LONG_PROMPT * 3])
+def test_the_score_of_a_text_is_the_log_probability_of_each_token(storyteller, tokenizer, text):
+    storyteller.model.train()  # dropout must have no effect
+    score = storyteller.score(text)
+    assert storyteller.model.training
+    assert score.ids == tokenizer.encode_ordinary(text)
+    assert b"".join(map(tokenizer.decode_single_token_bytes, score.ids)).decode() == text
+    assert len(score.tokens) == len(score.log_probs) == len(score.ids)
+    stream, expected = [tokenizer.eot_token, *score.ids], []
+    for start in range(0, len(score.ids), CONTEXT):
+        window = torch.tensor(stream[start : start + CONTEXT + 1])
+        log_probs = storyteller.model.eval()(window[None, :-1])[0][0].log_softmax(-1)
+        expected += log_probs[range(len(window) - 1), window[1:]].tolist()
+    assert score.log_probs == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("text", [None, 5, b"One", ["One"]])
+def test_the_score_of_what_is_not_text_is_rejected(storyteller, text):
+    with pytest.raises(StoryLLMError, match=f"text is {type(text).__name__}, must be a string"):
+        storyteller.score(text)
 
 
 def test_a_tokenizer_of_another_size_is_rejected(storyteller):

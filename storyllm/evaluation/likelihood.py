@@ -15,6 +15,7 @@ from ..data.token_file import open_token_file
 from ..data.tokenizer import tokenizer_hash
 from ..data.windows import sequential_windows
 from ..device import DeviceConfig
+from ..model.decoding import eval_mode
 from ..storyteller import Storyteller
 
 # Tokens per forward pass: enough to keep a GPU busy; on a CPU, more would only take memory.
@@ -58,15 +59,13 @@ def evaluate(storyteller: Storyteller, data: str | Path) -> Report:
         raise StoryLLMError(f"{data} has {len(tokens.ids)} token, needs at least 2; prepare more stories")
     model = storyteller.model
     device, block_size = model.lm_head.weight.device, model.config.block_size
-    was_training = model.training
-    model.eval()
     nats, predicted = 0.0, 0
     windows_per_batch = max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // block_size)
-    for x, y in sequential_windows(tokens.ids, block_size, windows_per_batch):
-        loss = model.loss(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
-        nats += loss.item() * y.size
-        predicted += y.size
-    model.train(was_training)
+    with eval_mode(model):
+        for x, y in sequential_windows(tokens.ids, block_size, windows_per_batch):
+            loss = model.loss(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
+            nats += loss.item() * y.size
+            predicted += y.size
     loss_per_token = nats / predicted
     return Report(
         loss=loss_per_token,
@@ -82,7 +81,7 @@ def mean_loss(
     loss_fn: Callable[[Tensor, Tensor], Tensor], micro_batches: Iterable[tuple[Tensor, Tensor]], device: DeviceConfig
 ) -> float:
     """The mean loss in nats per token over micro-batches of windows. The model must be in evaluation mode."""
-    total, windows = torch.zeros((), device=device.device), 0
+    total, windows = torch.zeros((), dtype=torch.float32, device=device.device), 0
     for x, y in micro_batches:
         with device.autocast():
             total += loss_fn(x, y) * len(x)

@@ -45,28 +45,29 @@ def decode(
 ) -> Iterator[Tensor]:
     """Yields (B,) new ids, `max_new_tokens` times, for (B, T) prompts. Dropout is off, in any mode of the model.
 
-    Non-negative ids in `forced`, (max_new_tokens, B), replace sampled ones. With it, prompts of different lengths are
-    decoded in one batch.
+    Non-negative ids in `forced`, (steps, B) for the first steps, replace sampled ones. With it, prompts of different
+    lengths are decoded in one batch.
 
     Within the context a token costs one step with the KV cache. Beyond it, each new token shifts all positions, so the
     last `block_size` tokens are read again. `use_cache=False` always does that. Raises StoryLLMError if a parameter is
     invalid.
     """
-    check_sampling(temperature, top_k, top_p)
+    temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
     if idx.ndim != 2 or idx.size(1) == 0:
         raise StoryLLMError(f"idx has shape {tuple(idx.shape)}, must be (B, T) with T of at least 1")
     block_size = model.config.block_size
     step = _CachedStep(model, idx, max_new_tokens) if use_cache else None
     for i in range(max_new_tokens):
-        with _eval_mode(model):
+        with eval_mode(model):
             if step is not None and idx.size(1) <= block_size:
                 logits = step(idx)  # (B, vocab_size)
             else:
                 logits = model.next_logits(idx[:, -block_size:])
         next_ids = sample_next(logits, temperature, top_k, top_p, generator)
-        if forced is not None:
+        if forced is not None and i < len(forced):
             next_ids = torch.where(forced[i] >= 0, forced[i], next_ids)
-        idx = torch.cat([idx, next_ids[:, None]], dim=1)
+        # One id more than the context tells that the context is exceeded; earlier ones are never read again.
+        idx = torch.cat([idx, next_ids[:, None]], dim=1)[:, -(block_size + 1) :]
         yield next_ids
 
 
@@ -97,7 +98,8 @@ class _CachedStep:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: LanguageModel) -> Iterator[None]:
+def eval_mode(model: LanguageModel) -> Iterator[None]:
+    """Dropout is off in this block."""
     was_training = model.training
     if was_training:
         model.eval()

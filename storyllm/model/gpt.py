@@ -35,23 +35,26 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         heads = (part.view(B, T, self.config.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
         q, k, v = heads  # (B, H, T, D) each
-        mask = None
-        if cache is not None:
+        if cache is None:
+            y = self.attend(q, k, v)  # (B, H, T, D)
+        else:
             k, v = cache.append(layer, k, v)  # (B, H, S, D)
-            mask = cache.mask(T)
-        y = self.attend(q, k, v, mask)  # (B, H, T, D)
+            y = self.attend(q, k, v, cache.mask(T), causal=not cache.length)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, where `mask` (T, S) selects the visible keys; causal if it is None."""
-        T = q.size(2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = True) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, where `mask` (T, S) selects the visible keys.
+
+        Without a mask, a query sees the keys up to its own position if `causal`, otherwise all keys.
+        """
         dropout = self.config.dropout if self.training else 0.0
         if self.config.flash_attention:  # is_causal instead of a mask allows the fastest kernel
-            causal = mask is None and T > 1
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+            is_causal = causal and mask is None
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.size(-1))  # (B, H, T, S)
-        if mask is None and T > 1:
+        if mask is None and causal:
+            T = q.size(2)
             mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
@@ -130,8 +133,10 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids to the (B, T, C) final hidden states. With a cache, `idx` follows the cached tokens.
 
-        Raises StoryLLMError if the tokens exceed the context.
+        Raises StoryLLMError if `idx` has another shape or the tokens exceed the context.
         """
+        if idx.ndim != 2 or idx.size(1) == 0:
+            raise StoryLLMError(f"idx has shape {tuple(idx.shape)}, must be (B, T) with T of at least 1")
         T = idx.size(1)
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
@@ -149,14 +154,23 @@ class GPT(nn.Module):
         return self.transformer["ln_f"](x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B, T) ids to (B, T, vocab_size) logits, and the mean loss in nats per token if (B, T) targets are given."""
+        """(B, T) ids to (B, T, vocab_size) logits, and the mean loss in nats per token if (B, T) targets are given.
+
+        Targets of -100 do not count, as in `F.cross_entropy`; the loss is NaN if all are. Raises StoryLLMError if `idx`
+        or `targets` has another shape.
+        """
+        _check_targets(idx, targets)
         logits = self.lm_head(self.hidden(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """The loss of `forward`, in nats per token, without materializing all logits (see `linear_cross_entropy`)."""
+        """The loss of `forward`, in nats per token, without materializing all logits (see `linear_cross_entropy`).
+
+        Raises StoryLLMError if `idx` or `targets` has another shape than (B, T).
+        """
+        _check_targets(idx, targets)
         return linear_cross_entropy(self.hidden(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -178,3 +192,12 @@ class GPT(nn.Module):
         """
         new_ids = decode(self, idx, max_new_tokens, temperature, top_k, top_p, generator)
         return torch.cat([idx, *(ids[:, None] for ids in new_ids)], dim=1)
+
+
+def _check_targets(idx: Tensor, targets: Tensor | None) -> None:
+    """Raises StoryLLMError unless the targets, if any, have the shape of `idx` and at least one token."""
+    if targets is not None and (targets.shape != idx.shape or targets.numel() == 0):
+        raise StoryLLMError(
+            f"targets have shape {tuple(targets.shape)}, must be that of idx, {tuple(idx.shape)}, with at least one "
+            "token; pass one target for each id"
+        )

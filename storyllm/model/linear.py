@@ -12,31 +12,43 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
 
 # Calling oneDNN takes some 15 us longer than calling MKL. Products of fewer multiplications are faster with MKL, which
 # also uses only one core for a single row.
 MIN_MULTIPLICATIONS = 1_000_000
 
 
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` for (..., in) `x` and (out, in) `weight`, with oneDNN where it applies. Not differentiable."""
-    return _onednn(x, weight) if _onednn_applies(x, weight) else x @ weight.t()
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, `x @ weight.T + bias` for (..., in) `x` and (out, in) `weight`, with oneDNN where it applies."""
+    if not _onednn_applies(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _OneDNNLinear.apply(x, weight, bias)
+    return _onednn(x, weight, bias)
 
 
 def _onednn_applies(x: Tensor, weight: Tensor) -> bool:
-    """True for a float32 product on a CPU, outside torch.compile, if PyTorch includes a working oneDNN."""
+    """True for a float32 product on a CPU, in ordinary eager mode, if PyTorch includes a working oneDNN."""
     return (
-        x.device.type == "cpu"
+        x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.size(0) >= MIN_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and x.shape[-1:] == weight.shape[1:]  # F.linear explains what is wrong with other shapes
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
-        and x.numel() * weight.size(0) >= MIN_MULTIPLICATIONS
+        and not _is_traced()
         and _onednn_works()
     )
+
+
+def _is_traced() -> bool:
+    """True within torch.func's transforms and modes such as FlopCounterMode, which do not know oneDNN's operator."""
+    try:
+        return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    except AttributeError:  # both are private: a later PyTorch may rename them
+        return True
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -57,18 +69,10 @@ def _onednn_works() -> bool:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, equal up to rounding and about twice as fast on a CPU.
-
-    Double backward and `torch.func` need PyTorch's implementation: use them within
-    `torch.backends.mkldnn.flags(enabled=False)`.
-    """
+    """`torch.nn.Linear`, equal up to rounding and about twice as fast on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _onednn_applies(x, self.weight):
-            return super().forward(x)
-        if torch.is_grad_enabled():
-            return _OneDNNLinear.apply(x, self.weight, self.bias)
-        return _onednn(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -80,9 +84,9 @@ class _OneDNNLinear(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows, grad_rows = x.reshape(-1, x.size(-1)), grad.reshape(-1, grad.size(-1))  # (N, in), (N, out)
-        grad_x = _onednn(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        return grad_x, _onednn(grad_rows.t(), rows.t()), grad_rows.sum(0) if ctx.needs_input_grad[2] else None
+        grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        # `linear` is differentiable, so a gradient has gradients in turn.
+        return grad_x, linear(grad_rows.t(), rows.t()), grad_rows.sum(0) if ctx.needs_input_grad[2] else None

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import matmul
+from .linear import linear
+
+IGNORED = -100  # a target that does not count, as in `F.cross_entropy`
 
 # Logits in a chunk. On a CPU a chunk should stay under 32 MiB: glibc returns larger blocks to the system after each
 # use, which then has to clear them again. A GPU needs a few thousand rows to be busy.
@@ -27,23 +29,28 @@ FP16_SCALE = 2.0**-4
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`cross_entropy(x @ weight.T, targets)`, averaged over the (N,) targets, for (N, C) `x` and (V, C) `weight`.
+    """`F.cross_entropy(x @ weight.T, targets)` for (N, C) `x`, (V, C) `weight` and (N,) `targets`.
+
+    The mean over the targets that are not -100; NaN if all are.
 
     If a gradient is required, it is computed in the forward pass, while the logits of a chunk exist (the idea of Liger
     Kernel, Hsu et al. 2024). Under autocast the products use its dtype; softmax and sums use float32.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    ignored = targets == IGNORED
+    count = (~ignored).sum()  # a tensor: reading it would synchronize a GPU
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(x, weight, targets, dtype) / len(targets)
+        x = x.masked_fill(ignored[:, None], 0)  # so that ignored rows get and give no gradient
+        return _LinearCrossEntropy.apply(x, weight, targets, dtype) / count
     with torch.autocast(device, enabled=False):
         padded = _pad(weight, dtype)
         rows = _rows_per_chunk(padded)
         losses = [
-            F.cross_entropy(matmul(xc, padded)[:, : len(weight)].float(), yc, reduction="sum")
+            F.cross_entropy(linear(xc, padded)[:, : len(weight)].float(), yc, reduction="sum")
             for xc, yc in zip(x.to(dtype).split(rows), targets.split(rows), strict=True)
         ]
-    return torch.stack(losses).sum() / len(targets)
+    return torch.stack(losses).sum() / count
 
 
 def _rows_per_chunk(weight: Tensor) -> int:
@@ -80,30 +87,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradients(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss and its gradients with respect to (N, C) `x`, in x's dtype, and (V, C) `weight`, in float32."""
+    """The summed loss and its gradients with respect to (N, C) `x`, in x's dtype, and (V, C) `weight`, in float32.
+
+    Where the target is ignored, `x` must be 0, and its gradient is meaningless.
+    """
     vocab_size, dtype = len(weight), x.dtype
     padded = _pad(weight, dtype)
     grad_weight = torch.zeros(padded.shape, dtype=torch.float32, device=x.device)
-    loss, grads_x = torch.zeros((), device=x.device), []
+    loss, grads_x = torch.zeros((), dtype=torch.float32, device=x.device), []
     rows = _rows_per_chunk(padded)
     # In bf16 on a CPU, adding to the float32 weight gradient would take half the time, so it is done less often.
     rows_per_sum = CPU_CHUNKS_PER_SUM * rows if dtype != torch.float32 and x.device.type == "cpu" else rows
     for xs, ys in zip(x.split(rows_per_sum), targets.split(rows_per_sum), strict=True):
         chunks = []
         for xc, yc in zip(xs.split(rows), ys.split(rows), strict=True):
-            logits = matmul(xc, padded).float()  # (rows, V)
+            logits = linear(xc, padded).float()  # (rows, V)
             if len(padded) > vocab_size:
                 logits[:, vocab_size:] = -math.inf
             log_probs = logits.log_softmax(-1)
             del logits
-            loss = loss - log_probs.gather(1, yc[:, None]).sum()
+            loss = loss + F.nll_loss(log_probs, yc, reduction="sum")  # skips ignored targets
+            ids = yc[:, None].clamp(min=0)  # (rows, 1)
             grad_logits = log_probs.exp_()  # the gradient of cross-entropy is softmax minus one-hot
-            grad_logits.scatter_add_(1, yc[:, None], torch.full_like(yc[:, None], -1, dtype=torch.float32))
+            grad_logits.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
             chunks.append(grad_logits.to(dtype))
             del log_probs, grad_logits  # free them before the next chunk is allocated
         grad_logits = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         del chunks
-        grads_x.append(matmul(grad_logits, padded.t()))
+        grads_x.append(linear(grad_logits, padded.t()))
         if dtype == torch.float32:
             grad_weight.addmm_(grad_logits.t(), xs)
         elif dtype == torch.float16:

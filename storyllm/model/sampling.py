@@ -7,17 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-from ..config import StoryLLMError
+from ..config import StoryLLMError, plain_number, shown
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises StoryLLMError if a sampling parameter is invalid."""
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
-        raise StoryLLMError(f"temperature is {temperature}, must be 0 (greedy) or greater")
+def check_sampling(
+    temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[float, int | None, float | None]:
+    """The sampling parameters, as Python numbers. Raises StoryLLMError if one is invalid."""
+    temperature, top_k, top_p = map(plain_number, (temperature, top_k, top_p))
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+        raise StoryLLMError(f"temperature is {shown(temperature)}, must be 0 (greedy) or greater")
     if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise StoryLLMError(f"top_k is {top_k}, must be an integer of at least 1, or None")
-    if top_p is not None and (not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
-        raise StoryLLMError(f"top_p is {top_p}, must be greater than 0 and at most 1, or None")
+        raise StoryLLMError(f"top_k is {shown(top_k)}, must be an integer of at least 1, or None")
+    if top_p is not None and (type(top_p) not in (int, float) or not 0 < top_p <= 1):
+        raise StoryLLMError(f"top_p is {shown(top_p)}, must be greater than 0 and at most 1, or None")
+    return temperature, top_k, top_p
 
 
 def next_token_probs(
@@ -32,7 +36,7 @@ def next_token_probs(
 
     Raises StoryLLMError if a parameter is invalid.
     """
-    check_sampling(temperature, top_k, top_p)
+    temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
     probs, ids = _filtered_probs(logits, temperature, top_k, top_p)
     probs = probs / probs.sum(-1, keepdim=True)
     return probs if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(-1, ids, probs)

@@ -222,12 +222,11 @@ def _subtitle(log: Log, last: int) -> str:
 
 
 def _tokens_per_iteration(log: Log) -> int | None:
-    """`batch_size * block_size`, or None if the log holds no recipe or absurd sizes."""
+    """`batch_size * block_size`, or None if the log holds no recipe."""
     if not log.run.get("recipe"):
         return None
     recipe = Recipe.from_dict(log.run["recipe"])
-    tokens = recipe.train.batch_size * recipe.model.block_size
-    return tokens if tokens < 2**53 else None
+    return recipe.train.batch_size * recipe.model.block_size
 
 
 def _scale_x(axes: Axes, values: Sequence[float]) -> None:

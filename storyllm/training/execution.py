@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from ..device import DeviceConfig, is_out_of_memory
 from ..files import os_error
 from ..model.gpt import GPT
 from .interrupt import Interrupt
+
+# Held by the run that uses the random generators of this process.
+PROCESS_LOCK = threading.Lock()
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (windows, T) inputs and targets -> mean nats per token
 T = TypeVar("T")
@@ -118,6 +122,28 @@ class Execution:
             loss = loss_fn(x, y)
         loss.backward()
         loss.item()  # waits for the device
+
+
+@contextmanager
+def process_state() -> Iterator[None]:
+    """Reserves what PyTorch has once per process for a run: its random generators and its default dtype.
+
+    The default dtype is float32 in this block. Both are restored afterwards. Raises StoryLLMError if a run in another
+    thread has them.
+    """
+    if not PROCESS_LOCK.acquire(blocking=False):
+        raise StoryLLMError(
+            "another thread of this process is training, and both would draw from the same random generators; "
+            "wait for it, or train in another process"
+        )
+    dtype = torch.get_default_dtype()
+    try:
+        with torch.random.fork_rng():
+            torch.set_default_dtype(torch.float32)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        PROCESS_LOCK.release()
 
 
 @contextmanager

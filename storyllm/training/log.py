@@ -5,7 +5,8 @@
 {"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
 {"event": "warning", "iteration": 500, "message": "out of memory with micro-batch size 32, retrying with 16"}
 
-Each line ends with a checksum, so that a corrupted number is not mistaken for a different one.
+Each line ends with a checksum of itself and all lines before it, so that a changed number and a lost, repeated or moved
+line are noticed. Lines without a checksum are read, too, as are those of earlier versions, whose checksum is their own.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ def read_log(path: str | Path, size: int | None = None) -> Log:
             *lines, _incomplete = file.read(-1 if size is None else size).split(b"\n")
     except OSError as error:
         raise os_error("read", path, error) from error
-    log = Log()
+    log, crc = Log(), 0  # of the lines so far
     for number, line in enumerate(lines, 1):
+        line = line.removesuffix(b"\r")
         try:
-            entry = _parse_line(line)
+            entry = _parse_line(line, crc)
             if entry["event"] == "run":
                 log.run = entry
             else:
@@ -70,16 +72,18 @@ def read_log(path: str | Path, size: int | None = None) -> Log:
                 lists[entry["event"]].append(entry)
         except (StoryLLMError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoryLLMError(
-                f"{path} line {number} is corrupted or not from a StoryLLM log; fix the line, or move the file away"
+                f"{path} line {number} is corrupted, out of order or not from a StoryLLM log; restore the file from a "
+                "copy, or move it away"
             ) from error
+        crc = zlib.crc32(line + b"\n", crc)
     return log
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
-    """The entry in a line. Raises some exception if the line is corrupted."""
-    if checked := re.fullmatch(rb'(.*), "crc32": (\d+)\}\r?', line):
+def _parse_line(line: bytes, crc: int) -> dict[str, Any]:
+    """The entry in a line that follows lines with that CRC-32. Raises some exception if the line is corrupted."""
+    if checked := re.fullmatch(rb'(.*), "(chained_)?crc32": (\d+)\}', line):
         line = checked[1] + b"}"
-        if zlib.crc32(line) != int(checked[2]):
+        if zlib.crc32(line, crc if checked[2] else 0) != int(checked[3]):
             raise ValueError("checksum mismatch")
     entry = json.loads(line)
     for name in REQUIRED[entry["event"]]:
@@ -99,6 +103,7 @@ class LogWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file: IO[bytes] | None = None
+        self._crc = 0  # of the file so far
         self._warnings: list[str] = []
 
     def open(self, size: int) -> LogWriter:
@@ -107,6 +112,7 @@ class LogWriter:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
             self.file = os.fdopen(descriptor, "r+b", buffering=0)
             self.file.truncate(min(size, os.fstat(descriptor).st_size))
+            self._crc = zlib.crc32(self.file.read().replace(b"\r\n", b"\n"))  # as `read_log` reads it
         except OSError as error:
             raise os_error("write", self.path, error) from error
         return self
@@ -133,7 +139,8 @@ class LogWriter:
     def _append(self, entry: dict[str, Any]) -> None:
         assert self.file is not None
         line = json.dumps(entry).encode()
-        line = line[:-1] + b', "crc32": %d}\n' % zlib.crc32(line)
+        line = line[:-1] + b', "chained_crc32": %d}\n' % zlib.crc32(line, self._crc)
+        self._crc = zlib.crc32(line, self._crc)
         try:
             while line:
                 line = line[self.file.write(line) :]

@@ -24,7 +24,7 @@ from ..data.windows import DROPOUT, evaluation_windows, training_batch
 from ..device import DeviceConfig, resolve_device_config
 from ..evaluation.likelihood import bits_per_byte, mean_loss
 from ..model.gpt import GPT
-from .execution import Execution, LossFunction, one_line_errors
+from .execution import Execution, LossFunction, one_line_errors, process_state
 from .interrupt import Interrupt, StopRequested
 from .log import Log, describe_environment
 from .optimizer import lr_at, make_optimizer
@@ -48,7 +48,7 @@ def train_step(
     norm before clipping, both as scalars on the device.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    total_loss, windows = torch.zeros((), device=device.device), 0
+    total_loss, windows = torch.zeros((), dtype=torch.float32, device=device.device), 0
     for x, y in micro_batches:
         with device.autocast():
             loss = loss_fn(x, y)
@@ -74,7 +74,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
     `interrupted`. A second one raises KeyboardInterrupt immediately; the last save remains.
 
     Raises StoryLLMError if the data is missing or does not match, if the checkpoints belong to another run or are in
-    use by another process, if the loss is not finite, and if disk space or memory run out.
+    use by another process, if another thread trains, if the loss is not finite, and if disk space or memory run out.
     """
     if not isinstance(recipe, Recipe):
         raise StoryLLMError(f"train got {type(recipe).__name__}, expected a Recipe; use storyllm.get_recipe(name)")
@@ -83,7 +83,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
     recipe = Recipe(model=model_config, data=data.config, train=recipe.train)
     config = recipe.train
     folder = RunFolder(checkpoint_dir, recipe, data)
-    with folder.lock(), torch.random.fork_rng(), Interrupt() as interrupt, one_line_errors():
+    with process_state(), folder.lock(), Interrupt() as interrupt, one_line_errors():
         # Resume the run in the folder, or start a new one.
         saved = folder.load()
         device = resolve_device_config(config, model_config)

@@ -49,12 +49,23 @@ def test_beyond_the_context_the_model_reads_the_last_block_size_tokens(make_mode
 def test_forced_ids_replace_sampled_ones(make_model, random_ids):
     """A row that is forced to a longer prompt continues as if it had started with it."""
     model, prompt = make_model(), random_ids(2, 8)
-    forced = torch.full((25, 2), -1)
-    forced[:5, 1] = prompt[1, 3:]
+    forced = torch.full((5, 2), -1)
+    forced[:, 1] = prompt[1, 3:]
     new = decoded(model, prompt[:, :3], 25, temperature=0.0, forced=forced)
     assert torch.equal(new[:, 0], decoded(model, prompt[:1, :3], 25, temperature=0.0)[:, 0])
     assert torch.equal(new[:5, 1], prompt[1, 3:])
     assert torch.equal(new[5:, 1], decoded(model, prompt[1:], 20, temperature=0.0)[:, 0])
+
+
+def test_long_generations_keep_no_more_ids_than_the_context(make_model, random_ids):
+    model, sizes = make_model(), []
+    model.transformer["wte"].register_forward_hook(
+        lambda _, arguments, __: sizes.append(arguments[0].untyped_storage().nbytes())
+    )
+    tokens = decode(model, random_ids(2, 5), 10**30)  # any number of tokens may be requested
+    for _ in range(CONTEXT + 20):
+        next(tokens)
+    assert max(sizes) <= 2 * (CONTEXT + 2) * 8
 
 
 def test_model_is_in_its_own_mode_between_two_tokens(make_model, random_ids):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from helpers import TINY
+from torch.utils.flop_counter import FlopCounterMode
 
 from storyllm import GPT, RECIPES, GPTConfig, StoryLLMError
+from storyllm.device import flops_per_token
 
 VOCAB_SIZE, CONTEXT = TINY.model.vocab_size, TINY.model.block_size
 
@@ -239,3 +242,82 @@ def test_input_longer_than_the_context_is_rejected(make_model, random_ids):
 def test_a_recipe_in_place_of_a_model_configuration_is_rejected():
     with pytest.raises(StoryLLMError, match=r"Recipe.*GPTConfig"):
         GPT(TINY)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_ignored_targets_count_in_neither_loss(make_model, random_ids, grad):
+    model, idx, targets = make_model(), random_ids(), random_ids(seed=1)
+    targets[:, 3:9] = targets[1] = -100
+    with torch.set_grad_enabled(grad):
+        loss = model.loss(idx, targets)
+        torch.testing.assert_close(loss, model(idx, targets)[1])
+    logits, kept = model(idx)[0], targets != -100
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits[kept], targets[kept]))
+
+
+@pytest.mark.parametrize(
+    ("idx", "targets", "key_words"),
+    [
+        ((2, 8), (2, 7), r"targets .*\(2, 7\).*\(2, 8\)"),
+        ((2, 8), (0, 8), r"targets .*\(0, 8\).*\(2, 8\)"),
+        ((2, 8), (16,), r"targets .*\(16,\).*\(2, 8\)"),
+        ((0, 8), (0, 8), r"targets .*\(0, 8\).*at least one token"),
+        ((8,), (8,), r"idx .*\(8,\).*\(B, T\)"),
+    ],
+)
+def test_other_shapes_are_rejected_by_forward_and_loss(make_model, idx, targets, key_words):
+    model = make_model()
+    for function in (model, model.loss):
+        with pytest.raises(StoryLLMError, match=key_words):
+            function(*(torch.zeros(shape, dtype=torch.long) for shape in (idx, targets)))
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 0), (1, 2, 3)])
+def test_ids_of_another_shape_are_rejected(make_model, shape):
+    with pytest.raises(StoryLLMError, match=rf"idx .*{re.escape(str(shape))}.*\(B, T\)"):
+        make_model()(torch.zeros(shape, dtype=torch.long))
+
+
+# PyTorch's tools
+
+
+def test_the_loss_compiles_into_one_graph(make_model, random_ids):
+    model, idx, targets = make_model().train(), random_ids(), random_ids(seed=1)
+    targets[0, :5] = -100
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (model.loss, compiled):
+        loss = function(idx, targets)
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-4)
+
+
+@both_attentions
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_dynamic_batch_and_length(make_model, random_ids, flash_attention, strict):
+    model = make_model(flash_attention=flash_attention)
+    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=CONTEXT)}
+    exported = torch.export.export(model, (random_ids(2, 5),), dynamic_shapes=(dynamic,), strict=strict).module()
+    for shape in ((1, CONTEXT), (4, 3)):
+        torch.testing.assert_close(exported(random_ids(*shape))[0], model(random_ids(*shape))[0], atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_per_window_with_torch_func(make_model, random_ids):
+    model, idx, targets = make_model(flash_attention=False), random_ids(), random_ids(seed=1)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x, y):
+        return torch.func.functional_call(model, parameters, (x[None], y[None]))[1]
+
+    per_window = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, idx, targets)
+    model.loss(idx, targets).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(per_window[name].mean(0), parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_flops_of_the_linear_layers_are_counted(make_model, random_ids):
+    model = make_model(flash_attention=False)
+    with FlopCounterMode(display=False) as counter:
+        model(random_ids(1))
+    assert counter.get_total_flops() == flops_per_token(model.config) * CONTEXT // 3  # a third is the forward pass

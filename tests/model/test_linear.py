@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from storyllm.device import is_out_of_memory
 from storyllm.model import linear
-from storyllm.model.linear import Linear, matmul
+from storyllm.model.linear import Linear
 
 # PyTorch warns about Intel GPUs whenever a flag of oneDNN is set.
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -36,7 +38,7 @@ def assert_equals_torch(bias: bool = True, shape: tuple[int, ...] = (3, 5, 16)) 
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), outputs[1])
-        torch.testing.assert_close(matmul(x, layer.weight), x @ layer.weight.t())
+        torch.testing.assert_close(linear.linear(x, layer.weight), x @ layer.weight.t())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -103,13 +105,51 @@ def test_a_changed_private_operator_costs_speed_only(operator, replacement):
     assert_equals_torch()
 
 
-def test_torch_func_works_with_onednn_disabled():
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3), ()])
+def test_other_shapes_raise_pytorchs_own_error(shape):
+    with pytest.raises(RuntimeError) as ours:
+        Linear(4, 3)(torch.zeros(shape))
+    with pytest.raises(RuntimeError) as expected:
+        torch.nn.Linear(4, 3)(torch.zeros(shape))
+    assert str(ours.value) == str(expected.value)
+    assert not is_out_of_memory(ours.value)
+
+
+@pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")])
+def test_input_and_weight_must_be_on_one_device(devices):
+    with pytest.raises(RuntimeError, match="device"):
+        Linear(4, 3).to(devices[1])(torch.zeros(2, 4, device=devices[0]))
+
+
+def test_gradients_have_gradients():
+    torch.manual_seed(0)
+    layer, x = Linear(4, 3), torch.randn(2, 5, 4, requires_grad=True)
+    inputs, second = (x, *layer.parameters()), []
+    for forward in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+        gradients = torch.autograd.grad(forward(x).pow(3).sum(), inputs, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), inputs))
+    for ours, expected in zip(*second, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_gradients_per_row_with_torch_func():
+    torch.manual_seed(0)
     layer, x = Linear(4, 3), torch.randn(5, 4)
 
     def loss(weight, row):
         return (torch.func.functional_call(layer, {"weight": weight, "bias": layer.bias}, (row,)) ** 2).sum()
 
-    with torch.backends.mkldnn.flags(enabled=False):
-        per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(layer.weight, x)
+    per_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(layer.weight, x)
     layer(x).square().sum().backward()
     torch.testing.assert_close(per_row.sum(0), layer.weight.grad)
+
+
+def test_flops_are_counted():
+    with FlopCounterMode(display=False) as counter:
+        Linear(4, 3)(torch.zeros(5, 4)).sum().backward()
+    assert counter.get_total_flops() == 2 * (2 * 5 * 4 * 3)  # forward, and the gradient of the weight
+
+
+def test_a_renamed_private_function_costs_speed_only(monkeypatch):
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    assert_equals_torch()

@@ -132,3 +132,37 @@ def test_less_than_a_third_of_the_memory_is_kept_for_the_backward_pass():
             function(x, weight, targets)
         kept.append(sum(sizes))
     assert kept[0] < kept[1] / 3
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_targets_of_minus_100_do_not_count(monkeypatch, problem, dtype, rows):
+    set_rows_per_chunk(monkeypatch, rows)
+    x, weight, targets = problem
+    targets[::3] = -100
+    targets[:14] = -100  # two whole chunks of 7
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        got = with_gradients(linear_cross_entropy(x, weight, targets), x, weight)
+        with torch.no_grad():
+            torch.testing.assert_close(linear_cross_entropy(x, weight, targets), got[0], atol=0, rtol=tolerance)
+    for a, b in zip(got, with_gradients(reference(x, weight, targets), x, weight), strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+    assert not got[1][targets == -100].any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_without_any_target_the_loss_is_nan_as_in_pytorch(problem, grad):
+    x, weight, targets = problem
+    with torch.set_grad_enabled(grad):
+        assert linear_cross_entropy(x, weight, torch.full_like(targets, -100)).isnan()
+        assert reference(x, weight, torch.full_like(targets, -100)).isnan()
+
+
+@pytest.mark.parametrize("target", [-1, VOCAB_SIZE])
+@pytest.mark.parametrize("grad", [True, False])
+def test_other_ids_outside_the_vocabulary_are_rejected(problem, target, grad):
+    x, weight, targets = problem
+    targets[3] = target
+    with torch.set_grad_enabled(grad), pytest.raises(IndexError, match=f"{target} is out of bounds"):
+        linear_cross_entropy(x, weight, targets)

@@ -124,13 +124,11 @@ def test_without_a_recipe_there_is_no_token_axis(run):
     draw(figure)
 
 
-def test_a_recipe_with_absurd_sizes_can_be_plotted():
+def test_a_recipe_with_the_largest_sizes_can_be_plotted():
     log = make_log(10, 10)
-    log.run["recipe"]["train"] |= {"batch_size": 2**31 - 1, "max_iters": 10**290}
+    log.run["recipe"]["train"] |= {"batch_size": 2**20, "max_iters": 10**300}
     log.run["recipe"]["model"] |= {"block_size": 2**31 - 1}
-    figure = plot_losses(log)
-    assert not figure.axes[0].child_axes
-    assert_nothing_is_clipped(figure)
+    assert_nothing_is_clipped(plot_losses(log))
 
 
 def test_a_single_evaluation_is_visible():

@@ -150,8 +150,8 @@ def test_corrupted_logs_are_refused(run, factor):
     content, expected = path.read_bytes(), read_log(path)
 
     def is_correct(log: storyllm.Log) -> bool:
-        # The last line, an evaluation, counts as incomplete without its newline. A flipped bit in the name "crc32"
-        # disables a line's checksum and adds an entry of another name.
+        # The last line, an evaluation, counts as incomplete without its newline. A flipped bit in the
+        # name of its checksum disables it and adds an entry of another name.
         complete = len(log.updates) == len(expected.updates)
         complete &= len(log.evaluations) >= len(expected.evaluations) - 1
         read = [log.run, *log.updates, *log.evaluations]

@@ -614,14 +614,6 @@ def test_absurd_sizes_are_a_one_line_error(tiny_data, tmp_path, capsys, option):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_too_many_tokens_to_generate_are_a_one_line_error(tiny_run, capsys):
-    options = ["--checkpoint", str(tiny_run / "last.pt"), "--max-new-tokens", "100000000000000"]
-    assert main(["generate", *options, "One day"]) == 2
-    error = capsys.readouterr().err
-    assert "out of memory" in error
-    assert error.count("\n") == 1
-
-
 # The clock
 
 

@@ -110,6 +110,8 @@ def test_arbitrary_values_in_a_vocabulary(tiny_data, tmp_path, examples):
 @sample_and_campaign
 def test_arbitrary_values_in_a_log_can_be_plotted_or_are_refused(tiny_run, tmp_path, examples):
     lines = [json.loads(line) for line in (tiny_run / "log.jsonl").read_bytes().splitlines()]
+    for line in lines:
+        del line["chained_crc32"]
     names = ["iteration", "train_loss", "val_loss", "learning_rate", "recipe", "device", "seconds"]
 
     @properties(examples)
@@ -117,7 +119,6 @@ def test_arbitrary_values_in_a_log_can_be_plotted_or_are_refused(tiny_run, tmp_p
     def check(event: str, values: dict[str, Any]) -> None:
         example = {"event": event, "iteration": 0, "message": ""}
         entry = {**next((line for line in lines if line["event"] == event), example), **values}
-        entry.pop("crc32", None)
         content = "".join(json.dumps(line) + "\n" for line in [*lines[:3], entry, *lines[3:]])
         (tmp_path / "log.jsonl").write_text(content)
         accepted_or_refused(lambda: plot_losses(tmp_path / "log.jsonl"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def test_windows_newlines_are_accepted(path):
     with LogWriter(path).open(0) as log:
         log.write(UPDATES[0])
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert read_log(path).updates[0]["train_loss"] == 10
+    with LogWriter(path).open(path.stat().st_size) as log:
+        log.write(UPDATES[1])
+    assert read_log(path).updates == UPDATES[:2]
 
 
 @pytest.mark.parametrize("name", ["log.jsonl", "missing folder/log.jsonl", ""])
@@ -100,11 +103,42 @@ def test_an_entry_with_an_invalid_number_is_an_error(path, value):
         read_log(path)
 
 
-def test_a_changed_digit_is_noticed(path):
+def lines_of(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [
+        pytest.param(lambda lines: lines[1:], 1, id="first line deleted"),
+        pytest.param(lambda lines: [*lines[:2], *lines[3:]], 3, id="line deleted"),
+        pytest.param(lambda lines: [*lines[:3], *lines[2:]], 4, id="line repeated"),
+        pytest.param(lambda lines: [*lines, lines[-1]], 6, id="last line repeated"),
+        pytest.param(lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], 2, id="lines swapped"),
+        pytest.param(lambda lines: [lines[0].replace(b"0.5", b"0.6"), *lines[1:]], 1, id="digit changed"),
+        pytest.param(lambda lines: [lines[0].replace(b"crc32", b"crc31"), *lines[1:]], 2, id="checksum disabled"),
+    ],
+)
+def test_a_change_is_noticed_at_its_line(path, change, number):
     with LogWriter(path).open(0) as log:
-        log.write(UPDATES[0])
-    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.6"))
-    with pytest.raises(StoryLLMError, match="line 1"):
+        for entry in UPDATES:
+            log.write(entry)
+    path.write_bytes(b"".join(change(lines_of(path))))
+    with pytest.raises(StoryLLMError, match=rf"line {number} is corrupted, out of order"):
+        read_log(path)
+
+
+def test_a_log_of_an_earlier_version_is_read_and_continued(path):
+    """Its checksums are of single lines."""
+    lines = [json.dumps(entry).encode() for entry in UPDATES]
+    path.write_bytes(b"".join(b'%s, "crc32": %d}\n' % (line[:-1], zlib.crc32(line)) for line in lines[:3]))
+    assert read_log(path).updates == UPDATES[:3]
+    with LogWriter(path).open(path.stat().st_size) as log:
+        log.write(UPDATES[3])
+        log.write(UPDATES[4])
+    assert read_log(path).updates == UPDATES
+    path.write_bytes(b"".join(lines_of(path)[1:]))
+    with pytest.raises(StoryLLMError, match="line 3"):  # the first line with a checksum of those before it
         read_log(path)
 
 

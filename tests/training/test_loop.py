@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,22 @@ def test_training_leaves_the_global_generators_alone(tiny_data, tmp_path):
     assert numpy_state == np.random.get_state()[1].tolist()
 
 
+def test_the_default_dtype_changes_nothing(tiny_run, tiny_data, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        train(TINY, tiny_data, tmp_path)
+        assert torch.get_default_dtype() == torch.float64
+        stories = load(tmp_path / "last.pt", device="cpu").generate(["One day", "A"], max_new_tokens=20, seed=0)
+        loss = storyllm.evaluate(load(tmp_path / "last.pt", device="cpu"), tiny_data / "validation.bin").loss
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert weights(tmp_path) == weights(tiny_run)
+    assert losses(tmp_path) == losses(tiny_run)
+    storyteller = load(tmp_path / "last.pt", device="cpu")
+    assert stories == storyteller.generate(["One day", "A"], max_new_tokens=20, seed=0)
+    assert loss == storyllm.evaluate(storyteller, tiny_data / "validation.bin").loss
+
+
 def test_mfu_is_logged_if_the_peak_flops_are_known(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setitem(PEAK_FLOPS, "CPU", 1e9)
     log = train(TINY.override({"train.stop_at": 8, "train.dtype": "bfloat16"}), tiny_data, tmp_path)
@@ -487,6 +504,31 @@ def test_a_context_longer_than_the_data_is_an_error(tiny_data, tmp_path):
 def test_anything_but_a_recipe_is_an_error(tiny_data, tmp_path, wrong):
     with pytest.raises(StoryLLMError, match=f"{type(wrong).__name__}.*Recipe"):
         train(wrong, tiny_data, tmp_path)
+
+
+def test_a_second_run_in_another_thread_is_refused(tiny_run, tiny_data, tmp_path, monkeypatch):
+    """Both would draw dropout from the same generator."""
+    clip, errors = torch.nn.utils.clip_grad_norm_, []
+
+    def second_run() -> None:
+        with pytest.raises(StoryLLMError, match="another thread") as caught:
+            train(TINY, tiny_data, tmp_path / "second")
+        errors.append(caught.value)
+
+    def start_another_run_in_the_first_update(*arguments: object) -> Tensor:
+        if not errors:
+            thread = threading.Thread(target=second_run)
+            thread.start()
+            thread.join()
+        return clip(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", start_another_run_in_the_first_update)
+        train(TINY, tiny_data, tmp_path / "first")
+    assert errors
+    assert weights(tmp_path / "first") == weights(tiny_run)
+    assert not (tmp_path / "second").exists()
+    train(TINY.override({"train.stop_at": 4}), tiny_data, tmp_path / "second")  # free again
 
 
 # What notices a NaN in the weights first: a loss, the validation loss, or saving.

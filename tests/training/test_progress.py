@@ -110,6 +110,11 @@ def test_a_long_run_comes_with_smaller_recipes(capsys):
 def test_a_finished_bar_shows_no_time_left(capsys):
     progress = Progress(RECIPE, 99, None)
     with progress:
-        entry = {"iteration": 100, "learning_rate": 1e-4, "train_loss": 3.0, **progress.update_metrics(8, 4.0, 100, 100)}
+        entry = {
+            "iteration": 100,
+            "learning_rate": 1e-4,
+            "train_loss": 3.0,
+            **progress.update_metrics(8, 4.0, 100, 100),
+        }
         progress.show_update(entry)
     assert "left" not in capsys.readouterr().out
