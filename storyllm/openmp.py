@@ -1,4 +1,4 @@
-"""How long OpenMP's threads spin while they wait for each other. PyTorch reads it when it is imported: this comes first."""
+"""How long OpenMP's threads spin while they wait for each other: set before PyTorch, which reads it, is imported."""
 
 import os
 

@@ -12,6 +12,13 @@ from helpers import TINY
 from torch import Tensor
 
 from storyllm import GPT
+from storyllm.model import linear
+
+
+@pytest.fixture(autouse=True)
+def onednn_for_small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise these small models would test PyTorch's products only."""
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 1)
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_only_the_required_gradients_are_computed():
     assert not torch.no_grad()(layer)(x).requires_grad
 
 
-def test_onednn_is_used_for_float32_outside_autocast_only(operator):
+def test_onednn_is_used_for_large_float32_products_outside_autocast_only(operator):
     calls, original = [], torch.ops.mkldnn._linear_pointwise
     operator.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *args: calls.append(1) or original(*args))
     layer, x = Linear(4, 3), torch.zeros(2, 4)
@@ -76,6 +76,9 @@ def test_onednn_is_used_for_float32_outside_autocast_only(operator):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
+        layer(x)
+    with operator.context() as patch:
+        patch.setattr(linear, "MIN_MULTIPLICATIONS", 2 * 4 * 3 + 1)
         layer(x)
     layer.bfloat16()(x.bfloat16())
     assert layer.to("meta")(x.bfloat16().to("meta")).device.type == "meta"

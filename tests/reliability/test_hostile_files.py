@@ -289,7 +289,7 @@ def test_no_error_message_controls_the_terminal(tiny_run, tmp_path, monkeypatch,
         ["train", "--data-dir", name],
         ["generate", "--checkpoint", f"c{name}.pt"],
         ["generate", "--checkpoint", str(tiny_run / "last.pt"), "--device", ESCAPES],
-        ["plot", "--log", "log.jsonl"],
+        ["plot", "log.jsonl"],
     ):
         assert main(arguments) == 2, arguments
         printed = capsys.readouterr()
