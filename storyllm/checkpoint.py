@@ -110,6 +110,13 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
             yield from _tensors(item, seen)
 
 
+def check_tied(weights: dict[str, Tensor]) -> None:
+    """Raises StoryLLMError unless the head of a state dict is the token embedding, since a model would drop the head."""
+    head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
+    if not (head.is_set_to(embedding) or torch.equal(head, embedding)):
+        raise StoryLLMError("lm_head.weight differs from transformer.wte.weight, must be tied to it")
+
+
 def restore_model(contents: dict[str, Any], path: str | Path) -> tuple[GPT, tiktoken.Encoding, Recipe]:
     """Model (on the CPU, in evaluation mode), tokenizer and recipe from the contents of the checkpoint `path`.
 
@@ -129,9 +136,7 @@ def restore_model(contents: dict[str, Any], path: str | Path) -> tuple[GPT, tikt
         if not all(weight.dtype == torch.float32 for weight in weights.values()):
             raise StoryLLMError("the weights are not float32")
         model.load_state_dict(weights, assign=True)
-        head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
-        if not (head.is_set_to(embedding) or torch.equal(head, embedding)):
-            raise StoryLLMError("lm_head.weight differs from transformer.wte.weight, must be tied to it")
+        check_tied(weights)
         model.tie_weights()
     except (StoryLLMError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

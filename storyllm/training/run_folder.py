@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CorruptedCheckpointError, load_checkpoint, model_contents, save_checkpoint
+from ..checkpoint import CorruptedCheckpointError, check_tied, load_checkpoint, model_contents, save_checkpoint
 from ..config import Recipe, StoryLLMError
 from ..data.token_file import Dataset
 from ..files import earlier_version, lock_folder
@@ -177,13 +177,14 @@ class RunFolder:
         """
         try:
             model.load_state_dict(saved["model"])
+            check_tied(saved["model"])
             load_optimizer_state(execution.optimizer, saved["optimizer"])
             scaler = execution.scaler
             if scaler.is_enabled() and saved["scaler"]:
                 if not all(type(value) in (int, float) for value in saved["scaler"].values()):
                     raise TypeError("invalid scaler state")
                 scaler.load_state_dict(saved["scaler"])
-        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (StoryLLMError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise StoryLLMError(
                 f"{self.last} does not match the model ({reason}); use another checkpoint folder"

@@ -129,12 +129,14 @@ def test_a_saved_run_is_restored_completely(tmp_path, data, optimizer, dtype):
     torch.testing.assert_close(moments[0], moments[1], rtol=0, atol=0)
 
 
-def test_a_state_of_another_shape_is_an_error(saved_run, data):
+def test_a_state_that_does_not_match_the_model_is_an_error(saved_run, data):
     folder = RunFolder(saved_run, TINY, data)
-    saved = folder.load()
-    for change in ("model", "optimizer"):
-        model, execution = new_run(TINY.override({"model.n_embd": 16} if change == "model" else {}))
-        if change == "optimizer":
+    for change in ("width", "head", "optimizer"):
+        saved = folder.load()
+        model, execution = new_run(TINY.override({"model.n_embd": 16} if change == "width" else {}))
+        if change == "head":
+            saved["model"]["lm_head.weight"] = saved["model"]["lm_head.weight"] + 1
+        elif change == "optimizer":
             saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2, 2)
         with pytest.raises(StoryLLMError, match=r"last\.pt does not match"):
             folder.restore(saved, model, execution)
