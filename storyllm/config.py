@@ -115,6 +115,10 @@ class GPTConfig:
     dropout: float = 0.1  # dropout probability for embeddings, attention weights and residuals
     bias: bool = True  # use biases in linear layers and LayerNorm, as GPT-2 does
     flash_attention: bool = True  # use PyTorch's fused attention kernels
+    embedding_std: float = 0.02  # standard deviation of the initial token embeddings
+    position_std: float = 0.02  # standard deviation of the initial position embeddings
+    final_norm_gain: float = 1.0  # initial gain of the last LayerNorm
+    copy_strength: float = 0.0  # attention starts by copying what it attends to, times this; 0: random, as in GPT-2
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def __post_init__(self) -> None:
@@ -126,6 +130,7 @@ class GPTConfig:
             raise StoryLLMError(
                 f"n_embd is {self.n_embd}, must be a multiple of n_head ({self.n_head}); use {multiple}"
             )
+        _check_range(self, 0, "embedding_std", "position_std", "final_norm_gain", "copy_strength")
         if not 0 <= self.dropout < 1:
             raise StoryLLMError(f"dropout is {self.dropout}, must be at least 0 and less than 1")
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import GPTConfig, StoryLLMError
 from .decoding import decode
+from .initialization import initialize
 from .kv_cache import KVCache
 from .linear import Linear
 from .loss import linear_cross_entropy
@@ -109,21 +110,11 @@ class GPT(nn.Module):
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_weights()
-        self.apply(self._init_weights)
+        initialize(self)
 
     def tie_weights(self) -> None:
         """Shares one parameter between the token embedding and the head (Press and Wolf 2017)."""
         self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, mean=0.0, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, (CausalSelfAttention, MLP)):
-            # GPT-2 scales the 2 * n_layer projections that add to the residual stream. `apply` visits a module after
-            # its children, so this overrides the initialization above.
-            nn.init.normal_(module.c_proj.weight, mean=0.0, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def num_parameters(self, count_tied_head: bool = False) -> int:
         """Number of parameters. The weight shared by embedding and head counts twice if `count_tied_head`."""
