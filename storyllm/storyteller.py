@@ -23,6 +23,7 @@ from .data.windows import sequential_windows
 from .device import resolve_device
 from .model.decoding import decode, eval_mode
 from .model.gpt import GPT
+from .model.quantization import convert_linear_layers
 from .model.sampling import check_sampling
 
 DEFAULT_MAX_NEW_TOKENS = 500  # nearly all stories of TinyStories and of the synthetic generator are shorter
@@ -118,7 +119,7 @@ class Storyteller:
             raise StoryLLMError(f"text is {type(text).__name__}, must be a string")
         check_whitespace(text, "the text")
         ids = self.tokenizer.encode_ordinary(text)
-        device, log_probs = self.model.lm_head.weight.device, []
+        device, log_probs = self.model.device, []
         windows = sequential_windows(np.array([self.tokenizer.eot_token, *ids]), self.model.config.block_size, 1)
         with eval_mode(self.model):
             for x, y in windows:  # (1, T) each
@@ -141,7 +142,7 @@ class Storyteller:
         max_new_tokens, seed = plain_number(max_new_tokens), plain_number(seed)
         _check_arguments(prompts, max_new_tokens, seed)
         check_sampling(temperature, top_k, top_p)
-        device = self.model.lm_head.weight.device
+        device = self.model.device
         generator = torch.Generator(device=device)
         if seed is None:
             generator.seed()
@@ -221,10 +222,17 @@ def wrap(pieces: Iterable[str], width: int) -> Iterator[str]:
             yield word
 
 
-def load(path: str | Path, device: str = "auto") -> Storyteller:
+def load(path: str | Path, device: str = "auto", weights: str = "float32") -> Storyteller:
     """The storyteller in a checkpoint (`best_model_params.pt` or `last.pt`). The file is all it needs.
 
+    With `weights` "int8" or "bfloat16", the linear layers have weights in that format, for faster generation on a CPU
+    (see `convert_linear_layers`); "auto" is "int8" on a CPU and "float32" elsewhere. Such a model cannot be trained.
     Raises StoryLLMError if the file is missing, corrupted, or not a StoryLLM checkpoint, or the device is unavailable.
     """
     model, tokenizer, _ = restore_model(load_checkpoint(path), path)
-    return Storyteller(model.to(resolve_device(device)), tokenizer)
+    model = model.to(resolve_device(device))
+    if weights == "auto":
+        weights = "int8" if model.device.type == "cpu" else "float32"
+    if weights != "float32":
+        convert_linear_layers(model, weights)
+    return Storyteller(model, tokenizer)

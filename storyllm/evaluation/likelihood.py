@@ -58,7 +58,7 @@ def evaluate(storyteller: Storyteller, data: str | Path) -> Report:
     if len(tokens.ids) < 2:
         raise StoryLLMError(f"{data} has {len(tokens.ids)} token, needs at least 2; prepare more stories")
     model = storyteller.model
-    device, block_size = model.lm_head.weight.device, model.config.block_size
+    device, block_size = model.device, model.config.block_size
     nats, predicted = 0.0, 0
     windows_per_batch = max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // block_size)
     with eval_mode(model):

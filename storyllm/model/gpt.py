@@ -121,6 +121,11 @@ class GPT(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         return total + (self.lm_head.weight.numel() if count_tied_head else 0)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.transformer["wte"].weight.device
+
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids to the (B, T, C) final hidden states. With a cache, `idx` follows the cached tokens.
 

@@ -1,0 +1,66 @@
+"""Linear layers with smaller weights, for generation: decoding a story is bound by the time to read the weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import StoryLLMError
+
+
+class BFloat16Linear(nn.Module):
+    """A linear layer with bfloat16 weights for float32 inputs and outputs."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight_bfloat16", layer.weight.detach().bfloat16())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().bfloat16())
+
+    @property
+    def weight(self) -> Tensor:
+        """The (out, in) weights in float32."""
+        return self.weight_bfloat16.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight_bfloat16, self.bias).float()
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights and a scale for each output, for float32 inputs and outputs."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight = layer.weight.detach()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
+        self.register_buffer("weight_int8", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """The (out, in) weights that the layer computes with, in float32."""
+        return self.weight_int8 * self.scale[:, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), self.weight_int8, self.scale)
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+FORMATS: dict[str, type[BFloat16Linear] | type[Int8Linear]] = {"bfloat16": BFloat16Linear, "int8": Int8Linear}
+
+
+def convert_linear_layers(model: nn.Module, weights: str) -> None:
+    """Replaces all linear layers of a model on a CPU, its head included, by layers with "bfloat16" or "int8" weights.
+
+    Embeddings keep their float32 weights. Raises StoryLLMError for another format or device.
+    """
+    if weights not in FORMATS:
+        raise StoryLLMError(f"weights is {weights!r}, must be 'auto', 'float32' or one of {', '.join(FORMATS)}")
+    if (device := next(model.parameters()).device).type != "cpu":
+        raise StoryLLMError(f"weights {weights!r} are for a CPU, the model is on {device}; use 'float32', or device 'cpu'")
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.set_submodule(name, FORMATS[weights](layer))
+    model.requires_grad_(False)
