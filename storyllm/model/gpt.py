@@ -167,6 +167,8 @@ class GPT(nn.Module):
         Raises StoryLLMError if `idx` or `targets` has another shape than (B, T).
         """
         _check_targets(idx, targets)
+        if not isinstance(self.lm_head, Linear):  # converted to smaller weights
+            return F.cross_entropy(self(idx)[0].flatten(0, 1), targets.flatten())
         return linear_cross_entropy(self.hidden(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
