@@ -158,7 +158,7 @@ def train(
     """Trains up to `config.last_iteration` and yields the loss of each iteration, in nats per token.
 
     `get_train_batch` returns the batch of an iteration. With `get_eval_batch`, which returns a random batch of a split,
-    there is an evaluation every `config.evaluation_interval` iterations.
+    there is an evaluation every `config.resolved_eval_interval` iterations.
     """
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
@@ -168,7 +168,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
     model.train()
     for i in range(config.last_iteration):
-        if get_eval_batch is not None and i % config.evaluation_interval == 0:
+        if get_eval_batch is not None and i % config.resolved_eval_interval == 0:
             with torch.no_grad(), autocast:
                 model.eval()
                 for split in ("train", "validation"):

@@ -3,8 +3,8 @@
     python benchmarks/shared_cpu.py
     python benchmarks/shared_cpu.py --settings GOMP_SPINCOUNT=1000 OMP_NUM_THREADS=1
 
-On the busy CPU, other processes compute all the time. A process with as many threads as there are cores then has a fair
-share of cores / (cores + busy processes) of its speed on the idle CPU.
+On the busy CPU, each of the other processes keeps a core busy. A process with as many threads as there are cores then
+has a fair share of cores / (cores + busy processes) of its speed on the idle CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(
 ) -> None:
     """Measures each task with each environment variable (NAME=VALUE) and without any.
 
-    The first of the `settings` is that of `import storyllm`; this script imports PyTorch first, so it has no effect.
+    The first of the `settings` is the package's own, which has no effect here, since PyTorch is imported first.
     `busy` is the number of busy processes. `measure` is for the processes that this script starts: it measures one task
     in the current environment.
     """
@@ -82,7 +82,7 @@ def measure_in_process(task: str, seconds: float, setting: str) -> float:
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Runs that many processes that compute all the time."""
+    """Runs that many processes, each of which keeps a core busy."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield

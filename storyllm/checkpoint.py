@@ -111,7 +111,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def check_tied(weights: dict[str, Tensor]) -> None:
-    """Raises StoryLLMError unless the head in a state dict is the token embedding: a model would drop another one."""
+    """Raises StoryLLMError if head and token embedding differ: loading would silently discard the head."""
     head, embedding = weights["lm_head.weight"], weights["transformer.wte.weight"]
     if not (head.is_set_to(embedding) or torch.equal(head, embedding)):
         raise StoryLLMError("lm_head.weight differs from transformer.wte.weight, must be tied to it")

@@ -102,7 +102,7 @@ class Generate:
     prompt: Annotated[
         Positional[str], arg(metavar="[PROMPT]", help="beginning of the story; without it, the model chooses one")
     ] = ""
-    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or the folder that has it
+    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or its folder
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # maximum length in tokens, not counting the prompt
     temperature: float = 1.0  # 0 is greedy decoding; higher is more random
     top_k: int | None = None  # sample only from the k most likely tokens
@@ -140,8 +140,8 @@ class Generate:
 class Evaluate:
     """Print a model's loss, perplexity and bits per byte over a complete .bin file."""
 
-    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or the folder that has it
-    data: Path = Path("data/validation.bin")  # .bin prepared with the model's tokenizer, or the folder that has it
+    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or its folder
+    data: Path = Path("data/validation.bin")  # .bin prepared with the model's tokenizer, or its folder
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
 
     def run(self) -> int:
@@ -159,7 +159,7 @@ class Plot:
 
     logs: Annotated[
         Positional[tuple[Path, ...]],
-        arg(metavar="[LOG ...]", help="logs written by `storyllm train`, or the folders that have them"),
+        arg(metavar="[LOG ...]", help="logs written by `storyllm train`, or their folders"),
     ] = (Path("checkpoints") / LOG,)
     out: Path = Path("losses.png")  # image file: .png, .svg or .pdf
 

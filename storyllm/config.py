@@ -146,8 +146,10 @@ class DataConfig:
     source: str = "roneneldan/TinyStories"  # a dataset on the Hugging Face Hub, a local file or folder, or "synthetic"
     tokenizer: str = "gpt2"  # "gpt2", or "bpe:N" to train a byte-level BPE vocabulary of N tokens on the stories
     text_column: str = "text"  # name of the text column (Hub, .parquet, .csv) or key (.jsonl, .json)
-    validation_fraction: float = 0.01  # fraction of stories held out without a validation split; more if they are few
-    max_stories: int | None = None  # use only the first stories of each split
+    validation_fraction: float = (
+        0.01  # fraction to hold out if there is no validation split; small sources hold out more
+    )
+    max_stories: int | None = None  # use only the first stories: of each split, or of a source without splits
     clean: bool = False  # fix mojibake (UTF-8 read as Windows-1252), strip surrounding whitespace, drop empty stories
     synthetic_stories: int = 20_000  # number of synthetic training stories (plus 5% for validation)
     synthetic_seed: int = 0  # seed of the synthetic stories
@@ -211,7 +213,7 @@ class TrainConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
-    def evaluation_interval(self) -> int:
+    def resolved_eval_interval(self) -> int:
         """Iterations between evaluations: `eval_interval`; for "auto" 500, in a short run a twentieth of it."""
         if self.eval_interval == "auto":
             return max(1, min(500, self.max_iters // 20))

@@ -208,15 +208,17 @@ def _check_arguments(prompts: list[str], max_new_tokens: int, seed: int | None) 
 def wrap(pieces: Iterable[str], width: int) -> Iterator[str]:
     """Breaks lines after at most `width` characters, at spaces. Yields each word as soon as it is complete.
 
-    `pieces` are those of `Storyteller.stream`, or a list with a whole story.
+    `pieces` are those of `Storyteller.stream`, or a list with a whole story. Text without spaces is not broken.
     """
+    # A word, with the spaces before it, is complete when a space follows it or it fills a line, and at the end.
+    complete = re.compile(rf"[ \n]*(?:[^ \n]{{{max(width, 1)},}}|[^ \n]+(?=[ \n]))")
     column, text = 0, ""
     for piece in chain(pieces, [None]):
         text += piece or ""
-        # A word with the spaces before it is complete when a space follows it, or at the end.
-        for word in re.findall(r"[ \n]*[^ \n]+(?=[ \n])" if piece is not None else r"[ \n]*[^ \n]+|[ \n]+", text):
-            text = text[len(word) :]
-            if word.strip() and "\n" not in word and column and column + len(word) > width:
+        words = re.findall(r"[ \n]*[^ \n]+|[ \n]+", text) if piece is None else complete.findall(text)
+        text = text[sum(map(len, words)) :]
+        for word in words:
+            if word.startswith(" ") and word.strip() and "\n" not in word and column + len(word) > width:
                 word = "\n" + word.lstrip(" ")
             column = len(word.rpartition("\n")[2]) + (0 if "\n" in word else column)
             yield word

@@ -93,7 +93,7 @@ def override_error(changes: Any) -> str:
 )
 def test_short_runs_are_evaluated_more_often(eval_interval: Any, max_iters: int, expected: int) -> None:
     config = Recipe().override({"train.eval_interval": eval_interval, "train.max_iters": max_iters}).train
-    assert config.evaluation_interval == expected
+    assert config.resolved_eval_interval == expected
 
 
 def test_a_notebook_shows_an_error_as_one_line() -> None:

@@ -120,7 +120,7 @@ def test_the_specification_page_has_the_numbers_of_the_code():
         f"{train.max_iters:,} iterations",
         f"{train.max_iters // train.gradient_accumulation_steps} updates",
         f"warmup over {train.warmup_iters:,} steps",
-        f"every {train.evaluation_interval} steps",
+        f"every {train.resolved_eval_interval} steps",
     ):
         assert numbers in text
 

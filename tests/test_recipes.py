@@ -44,7 +44,7 @@ def test_faithful_is_the_specification(part: str, name: str) -> None:
     expected: Any = SPECIFICATION[part][name]
     value = RECIPES["faithful"].to_dict()[part][name]
     assert value == expected and type(value) is type(expected)
-    assert RECIPES["faithful"].train.evaluation_interval == 500
+    assert RECIPES["faithful"].train.resolved_eval_interval == 500
 
 
 def test_the_default_recipe_is_faithful() -> None:
@@ -68,7 +68,7 @@ def test_every_recipe_is_consistent(name: str) -> None:
     model, data, train = (getattr(RECIPES[name], part) for part in ("model", "data", "train"))
     assert data.tokenizer == ("gpt2" if model.vocab_size == 50257 else f"bpe:{model.vocab_size}")
     assert train.warmup_iters < train.max_iters
-    assert 8 <= train.max_iters / train.evaluation_interval <= 40
+    assert 8 <= train.max_iters / train.resolved_eval_interval <= 40
     assert train.warmup_iters <= train.max_iters * (1 - train.decay_fraction)
     with torch.device("meta"):
         assert GPT(model)(torch.zeros(1, model.block_size, dtype=torch.long))[0].size(-1) == model.vocab_size

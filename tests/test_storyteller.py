@@ -284,6 +284,12 @@ def test_lines_are_broken_at_words(pieces, wrapped):
     assert "".join(wrap(pieces, width=10)) == wrapped
 
 
+def test_text_without_spaces_is_shown_when_it_fills_a_line():
+    pieces = iter("日本語" * 4)
+    assert next(wrap(pieces, width=5)) == "日本語日本"
+    assert "".join(wrap("日本語" * 4, width=5)) == "日本語" * 4
+
+
 def test_each_word_is_shown_when_it_is_complete():
     pieces = iter(["One ", "day", " a"])
     words = wrap(pieces, width=80)

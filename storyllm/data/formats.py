@@ -13,13 +13,15 @@ from typing import Any
 
 from ..config import StoryLLMError
 
-# A story travels in pieces, so that a book without separators does not have to fit into memory: a part of its text, and
-# whether the story ends with it. The token ids of the pieces are those of the whole story.
+# Stories are passed on in pieces, so that a book need not fit in memory: a part of the text, and whether the story ends
+# with it. The token ids of the pieces are those of the whole story.
 Piece = tuple[str, bool]
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".txt.gz", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 END_OF_TEXT = "<|endoftext|>"  # separates stories in a .txt file; also the name of the last token of every vocabulary
-PIECE_CHARACTERS = 1 << 19  # a .txt story is cut into pieces of about this many characters, at most twice as many
+PIECE_CHARACTERS = (
+    1 << 19
+)  # a .txt story is cut into pieces of about this many characters; without spaces, it is not cut
 CUT_CHARACTERS = 10_000  # the end of a piece in which a place to cut is searched for
 MAX_CSV_CELL = 1 << 30  # characters; the default of Python's csv module is shorter than some stories
 
@@ -126,16 +128,16 @@ def _value(value: Any, column: str, place: str) -> Any:
 
 def _csv_stories(path: Path, column: str) -> Iterator[str]:
     """The cells of a column as they are in the file; an empty cell is an empty story."""
-    csv.field_size_limit(MAX_CSV_CELL)
+    csv.field_size_limit(MAX_CSV_CELL)  # of the process: a reader has none of its own
     rows = csv.reader((line for _, line in _lines(path, newline="")), strict=True)
     try:
-        header = next(rows, [])
+        header = next((row for row in rows if row), [])
         if header and column not in header:
             raise StoryLLMError(f"{path} {missing_column(column, header)}")
         for row in rows:
             if row and len(row) != len(header):
                 raise StoryLLMError(
-                    f"{path} line {rows.line_num} has {len(row)} cells, must have {len(header)} as the header; fix it"
+                    f"{path} line {rows.line_num} has {len(row)} cells, the header has {len(header)}; fix the line"
                 )
             if row:  # not a blank line
                 yield row[header.index(column)]

@@ -13,11 +13,11 @@ MIN_VALIDATION_CHARACTERS = 8_000  # about 2,000 tokens, so that windows fit int
 
 
 def hold_out(read: Callable[[], Iterator[Piece]], split: str, fraction: float, source: str) -> Iterator[Piece]:
-    """The stories of one split, in pieces. `read` returns the pieces of all the stories, and is called twice.
+    """The stories of one split, in pieces. Calls `read`, which returns the pieces of all stories, twice.
 
-    Held out for validation are `fraction` of the stories, evenly spaced. If these have fewer than
-    MIN_VALIDATION_CHARACTERS characters and less than a fifth of the text, more stories are held out; and if too few
-    stories exist for that, the end of the text. Then the validation split warns, with `source` in the message.
+    Holds out `fraction` of the stories, evenly spaced. If these have fewer than MIN_VALIDATION_CHARACTERS characters
+    and less than a fifth of the text, more stories are held out; with too few stories, the end of the text. The
+    validation split then warns about `source`.
     """
     lengths = _story_lengths(read(), fraction)
     if lengths is None or _is_enough(lengths, fraction):
@@ -46,27 +46,27 @@ def _usually_held_out(index: int, fraction: float) -> bool:
 
 
 def _needed(total: int) -> int:
-    """The characters that the validation split of a text of `total` characters has at least."""
+    """The minimum length of the validation split of a text of `total` characters."""
     return min(MIN_VALIDATION_CHARACTERS, math.ceil(total / 5))
 
 
 def _story_lengths(pieces: Iterator[Piece], fraction: float) -> Sequence[int] | None:
     """The length of each story in characters, or None as soon as the source is known to be large enough."""
     lengths = array("q")  # 8 bytes each
-    length = total = 0
+    length = held_out = 0
     for text, ends_story in pieces:
         length += len(text)
         if ends_story:
-            lengths.append(length)
-            total += length
-            length = 0
-            if len(lengths) >= 1 / fraction and total * fraction >= MIN_VALIDATION_CHARACTERS:
+            held_out += length * _usually_held_out(len(lengths), fraction)
+            if held_out >= MIN_VALIDATION_CHARACTERS:
                 return None
+            lengths.append(length)
+            length = 0
     return lengths
 
 
 def _is_enough(lengths: Sequence[int], fraction: float) -> bool:
-    """True if `fraction` of the stories are at least one and have enough characters."""
+    """True if `fraction` of the stories is at least one story and enough text."""
     held_out = [length for index, length in enumerate(lengths) if _usually_held_out(index, fraction)]
     return bool(held_out) and sum(held_out) >= _needed(sum(lengths))
 
@@ -74,7 +74,7 @@ def _is_enough(lengths: Sequence[int], fraction: float) -> bool:
 def _smallest_count(lengths: Sequence[int], fraction: float) -> int:
     """The smallest number of evenly spaced stories with enough characters, and at most half of the text.
 
-    Above 10, numbers in steps of a tenth are tried. Returns 0 if none of them is right.
+    Above 10, the count grows by a tenth at a time. Returns 0 if no count fits.
     """
     total = sum(lengths)
     count = max(1, int(len(lengths) * fraction))

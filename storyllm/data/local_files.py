@@ -16,9 +16,10 @@ METADATA = ("dataset_info.json", "dataset_infos.json")  # written by the `datase
 def source_files(source: str) -> dict[str, list[Path]]:
     """The files of each split under "train" and "validation", and under "skipped" the others in the folder.
 
-    A file belongs to a split if its name contains "train", or "valid", "val" or "dev". Unless both kinds exist, each
-    split gets every file. Raises StoryLLMError if there are none, if one is unreadable, or if the same stories might be
-    in several files: files of several formats, or several versions of both splits.
+    A file belongs to a split if its name, or else its subfolder, contains "train" or "valid", or "val" or "dev" as a
+    word. Unless both kinds exist, each split gets every file. Raises StoryLLMError if there are none, if one is
+    unreadable, or if the same stories might be in several files: files of several formats, or several versions of both
+    splits.
     """
     path = Path(source)
     if is_saved_dataset(path):
@@ -32,20 +33,29 @@ def source_files(source: str) -> dict[str, list[Path]]:
         raise StoryLLMError(
             f"{source} has the suffix {path.suffix!r}, must be one of {', '.join(SUFFIXES)}; convert the file"
         )
-    _check_files(source, files)
-    train = [p for p in files if re.search(r"train", p.stem, re.IGNORECASE)]
-    validation = [p for p in files if re.search(r"valid|(^|[-_.])(val|dev)([-_.]|$)", p.stem, re.IGNORECASE)]
-    if train and validation and not set(train) & set(validation):
-        _check_one_version(source, train, validation)
-    else:
+    splits = {p: _split_in_name(p.stem) or _split_in_name(p.relative_to(path).parent.as_posix()) for p in files}
+    train, validation = ([p for p in files if splits[p] == split] for split in ("train", "validation"))
+    if not train or not validation:
         train = validation = files
-    used = {*train, *validation}
+    used = sorted({*train, *validation})
+    _check_files(source, used)
+    if train != validation:
+        _check_one_version(path, train, validation)
     return {"train": train, "validation": validation, "skipped": [p for p in found if p not in used]}
 
 
 def is_saved_dataset(path: Path) -> bool:
     """True if `save_to_disk` of the `datasets` library wrote the folder."""
     return any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json"))
+
+
+def _split_in_name(name: str) -> str | None:
+    """The split that a name contains, or None if it contains none or both."""
+    in_train = re.search(r"train", name, re.IGNORECASE)
+    in_validation = re.search(r"valid|(^|[-_./])(val|dev)([-_./]|$)", name, re.IGNORECASE)
+    if bool(in_train) == bool(in_validation):
+        return None
+    return "train" if in_train else "validation"
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -80,13 +90,16 @@ def _check_files(source: str, files: list[Path]) -> None:
         )
 
 
-def _check_one_version(source: str, train: list[Path], validation: list[Path]) -> None:
+def _check_one_version(folder: Path, train: list[Path], validation: list[Path]) -> None:
     """Raises StoryLLMError for several pairs of files, such as "V1-train", "V1-valid", "V2-train" and "V2-valid"."""
-    versions = {re.split("train", path.stem, flags=re.IGNORECASE)[0] for path in train}
-    versions &= {re.split("val|dev", path.stem, flags=re.IGNORECASE)[0] for path in validation}
+
+    def prefixes(paths: list[Path], split: str) -> set[str]:
+        return {re.split(split, p.relative_to(folder).as_posix(), flags=re.IGNORECASE)[0] for p in paths}
+
+    versions = prefixes(train, "train") & prefixes(validation, "val|dev")
     if len(versions) > 1:
         names = ", ".join(f"{version}*" for version in sorted(versions))
         raise StoryLLMError(
-            f"{source} has train and validation files of several versions ({names[:300]}), must have one; pass a "
+            f"{folder} has train and validation files of several versions ({names[:300]}), must have one; pass a "
             "folder with one of them"
         )

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..config import DataConfig, StoryLLMError, printable
 from ..files import atomic_write, lock_folder, read_json, write_json
 from .formats import END_OF_TEXT, Piece
-from .local_files import source_files
+from .local_files import is_saved_dataset, source_files
 from .stories import SPLITS, read_pieces, source_fingerprint
 from .token_file import TOKEN_DTYPE, VOCABULARY, PreparedData, TokenFileInfo, load_tokenizer, read_info
 from .tokenizer import gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, tokenizer_to_dict, train_bpe
@@ -52,7 +52,7 @@ def _prepare(data: DataConfig, out_dir: Path, overwrite: bool, request: dict[str
     completed = {split: _completed_info(path, request) for split, path in paths.items()}
     if not overwrite:
         _check_no_other_data(out_dir, paths, completed)
-    if not all(completed.values()) and os.path.isdir(data.source):
+    if not all(completed.values()) and os.path.isdir(data.source) and not is_saved_dataset(Path(data.source)):
         _print_files(data.source)
     tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
     vocabulary_hash = tokenizer_hash(tokenizer)

@@ -28,8 +28,8 @@ Source = tuple[Callable[[], Iterator[Piece]], bool]
 def read_stories(data: DataConfig, split: str) -> Iterator[str]:
     """Yields the stories of a split, "train" or "validation", without loading them all into memory.
 
-    Stories are verbatim, except that newlines in a .txt become "\\n". Of a source without a validation split,
-    `validation_fraction` of the stories are held out, evenly spaced, and more if the source is small (see `hold_out`).
+    Stories are verbatim, except that newlines in a .txt become "\\n". If the source has no validation split,
+    `validation_fraction` of the stories are held out, evenly spaced; more of a small source (see `hold_out`).
     Raises StoryLLMError if the source does not exist, cannot be read or contains anything but text.
     """
     return _joined(read_pieces(data, split))

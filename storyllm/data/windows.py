@@ -116,7 +116,8 @@ def _check_one_window(ids: np.ndarray, block_size: int) -> None:
     if len(ids) <= block_size:
         raise StoryLLMError(
             f"the data has {len(ids)} tokens, must have at least {block_size + 1} for a window of {block_size}; "
-            "prepare more stories, or lower model.block_size"
+            "prepare more stories, raise data.validation_fraction if this is the validation split, or lower "
+            "model.block_size"
         )
 
 

@@ -19,7 +19,7 @@ from ..model.gpt import GPT
 from .interrupt import Interrupt
 
 # Held by the run that uses the random generators of this process.
-PROCESS_LOCK = threading.Lock()
+_PROCESS_LOCK = threading.Lock()
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (windows, T) inputs and targets -> mean nats per token
 T = TypeVar("T")
@@ -126,12 +126,11 @@ class Execution:
 
 @contextmanager
 def process_state() -> Iterator[None]:
-    """Reserves what PyTorch has once per process for a run: its random generators and its default dtype.
+    """Keeps other runs of this process out, sets the default dtype to float32, and restores it and the generators.
 
-    The default dtype is float32 in this block. Both are restored afterwards. Raises StoryLLMError if a run in another
-    thread has them.
+    Raises StoryLLMError if another thread is training.
     """
-    if not PROCESS_LOCK.acquire(blocking=False):
+    if not _PROCESS_LOCK.acquire(blocking=False):
         raise StoryLLMError(
             "another thread of this process is training, and both would draw from the same random generators; "
             "wait for it, or train in another process"
@@ -143,7 +142,7 @@ def process_state() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-        PROCESS_LOCK.release()
+        _PROCESS_LOCK.release()
 
 
 @contextmanager

@@ -5,8 +5,8 @@
 {"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
 {"event": "warning", "iteration": 500, "message": "out of memory with micro-batch size 32, retrying with 16"}
 
-Each line ends with a checksum of itself and all lines before it, so that a changed number and a lost, repeated or moved
-line are noticed. Lines without a checksum are read, too, as are those of earlier versions, whose checksum is their own.
+Each line ends with a CRC-32 of the file up to that line, which reveals changed, deleted, repeated and moved lines,
+except lines deleted at the end. Lines without a checksum, or with one of their own (earlier versions), are accepted.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def evaluations_due(state: TrainState, next_iteration: int, config: TrainConfig)
     stop = config.last_iteration + 1
     if state.iteration < config.max_iters:
         stop = min(next_iteration, stop)
-    return [i for i in range(first, stop) if i % config.evaluation_interval == 0 or i == config.last_iteration]
+    return [i for i in range(first, stop) if i % config.resolved_eval_interval == 0 or i == config.last_iteration]
 
 
 def estimate_loss(

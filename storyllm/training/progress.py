@@ -73,7 +73,7 @@ class Progress:
             seconds_per_evaluation = self.evaluation_seconds / self.evaluations
         else:
             seconds_per_evaluation = 2 * config.eval_windows * seconds_per_window / 3
-        end, interval = config.last_iteration, config.evaluation_interval
+        end, interval = config.last_iteration, config.resolved_eval_interval
         evaluations = end // interval - last_evaluation // interval + (end % interval > 0)  # one at the end
         return (end - iteration) * config.batch_size * seconds_per_window + evaluations * seconds_per_evaluation
 
@@ -94,7 +94,7 @@ class Progress:
         seconds = self.seconds_left(iteration, last_evaluation)
         iterations = self.recipe.train.last_iteration - iteration
         self.print(f"estimated time: {format_duration(seconds)} for {iterations:,} iterations")
-        if seconds > LONG_RUN:
+        if seconds > LONG_RUN and iteration == 0:
             self.print("this is a long run; the recipe demo takes minutes on a CPU, small-vocab a few hours")
 
     def show_update(self, entry: dict[str, Any]) -> None:

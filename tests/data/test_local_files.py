@@ -40,6 +40,9 @@ def error_of(folder: Path) -> str:
         ("data00.json data01.json", "data00.json data01.json", "data00.json data01.json", ""),
         ("dataset_infos.json a.parquet", "a.parquet", "a.parquet", "dataset_infos.json"),
         ("train-0.txt train-1.txt val.txt", "train-0.txt train-1.txt", "val.txt", ""),
+        ("train.jsonl dev.jsonl stats.json notes.txt", "train.jsonl", "dev.jsonl", "notes.txt stats.json"),
+        ("train/a.txt validation/b.txt", "train/a.txt", "validation/b.txt", ""),
+        ("training/val.txt training/train.txt", "training/train.txt", "training/val.txt", ""),
         ("V1-train.txt V2-train.txt V1-valid.txt", "V1-train.txt V2-train.txt", "V1-valid.txt", ""),
     ],
 )
@@ -57,6 +60,7 @@ def test_files_of_a_folder(tmp_path: Path, names: str, train: str, validation: s
             "TinyStories-train.txt TinyStories-valid.txt TinyStoriesV2-GPT4-train.txt TinyStoriesV2-GPT4-valid.txt",
             ["TinyStories-*, TinyStoriesV2-GPT4-*", "one of them"],
         ),
+        ("v1/train.txt v1/valid.txt v2/train.txt v2/valid.txt", ["v1/*, v2/*", "one of them"]),
     ],
 )
 def test_a_folder_that_may_hold_the_same_stories_twice_is_refused(tmp_path: Path, names: str, words: list[str]) -> None:
