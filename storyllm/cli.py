@@ -12,7 +12,7 @@ import threading
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
@@ -109,12 +109,13 @@ class Generate:
     top_p: float | None = None  # sample only from the smallest set of most likely tokens with at least this probability
     seed: int | None = None  # random seed; the same seed gives the same story
     num_stories: int = 1  # number of stories, generated as one batch
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # format of the weights; "auto": fast on this device
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
 
     def run(self) -> int:
         if self.num_stories < 1:
             raise StoryLLMError(f"num_stories is {self.num_stories}, must be at least 1")
-        storyteller = load(_file_in(self.checkpoint, BEST), self.device)
+        storyteller = load(_file_in(self.checkpoint, BEST), self.device, self.weights)
         sampling: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,

@@ -22,10 +22,8 @@ class Muon(torch.optim.Optimizer):
     matrices of the same shape are orthogonalized in one batch.
     """
 
-    def __init__(
-        self, params: Any, lr: float, weight_decay: float = 0.1, momentum: float = 0.95, dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "parts": 1})
         self.dtype = dtype
 
     @torch.no_grad()
