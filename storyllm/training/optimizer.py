@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import TrainConfig
-from .muon import Muon
+from ..config import StoryLLMError, TrainConfig
 
 
 def lr_at(iteration: int, config: TrainConfig) -> float:
@@ -37,20 +36,15 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[s
     """The parameter groups of Muon (empty unless `optimizer` is "muon") and of AdamW.
 
     Muon orthogonalizes an update, so it is for the matrices within the blocks, not for embeddings, whose rows belong to
-    different tokens. Queries, keys and values are orthogonalized separately. Matrices and embeddings have weight decay;
-    biases and LayerNorm gains have none.
+    different tokens. Matrices and embeddings have weight decay; biases and LayerNorm gains have none.
     """
     named = list(model.named_parameters())
     muon_names = {n for n, p in named if config.optimizer == "muon" and p.ndim == 2 and n.startswith("transformer.h.")}
-    qkv = [p for name, p in named if name in muon_names and name.endswith("c_attn.weight")]
-    hidden = [p for name, p in named if name in muon_names and not name.endswith("c_attn.weight")]
+    hidden = [p for name, p in named if name in muon_names]
     matrices = [p for name, p in named if p.ndim >= 2 and name not in muon_names]
     vectors = [p for _, p in named if p.ndim < 2]
     decay = config.weight_decay
-    muon = [
-        {"params": hidden, "parts": 1, "weight_decay": decay, "lr_scale": config.muon_lr_scale},
-        {"params": qkv, "parts": 3, "weight_decay": decay, "lr_scale": config.muon_lr_scale},
-    ]
+    muon = [{"params": hidden, "weight_decay": decay, "lr_scale": config.muon_lr_scale}]
     adamw = [
         {"params": matrices, "weight_decay": decay, "lr_scale": 1.0},
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
@@ -58,12 +52,10 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[s
     return muon if hidden else [], adamw
 
 
-def make_optimizer(
-    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), fused except on MPS, optionally with Muon.
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), fused except on MPS, optionally with Muon (Jordan et al. 2024).
 
-    Muon orthogonalizes in bfloat16 if that is the `dtype` of the run's matrix products, otherwise in float32.
+    Raises StoryLLMError if this version of PyTorch has no Muon.
     """
     muon_groups, adamw_groups = parameter_groups(model, config)
     on_mps = next(model.parameters()).device.type == "mps"
@@ -71,8 +63,12 @@ def make_optimizer(
     adamw = torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=not on_mps)
     if not muon_groups:
         return adamw
-    muon_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return MuonAndAdamW(Muon(muon_groups, config.learning_rate, dtype=muon_dtype), adamw)
+    if not hasattr(torch.optim, "Muon"):
+        raise StoryLLMError(
+            f"optimizer 'muon' needs PyTorch 2.9 or newer, this is {torch.__version__}; upgrade, or use 'adamw'"
+        )
+    # match_rms_adamw scales the updates to the size of AdamW's, so both share a learning rate (Liu et al. 2025).
+    return MuonAndAdamW(torch.optim.Muon(muon_groups, config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -106,7 +102,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
     Raises ValueError unless the state matches the optimizer's parameters, or is empty, as before the first update.
     """
     state = saved["state"]
-    parameters = [(p, "parts" in group) for group in optimizer.param_groups for p in group["params"]]
+    parameters = [(p, "ns_steps" in group) for group in optimizer.param_groups for p in group["params"]]
     if state and set(state) != set(range(len(parameters))):
         raise ValueError("the optimizer state has other parameters")
     for index, tensors in state.items():
