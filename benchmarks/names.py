@@ -19,7 +19,6 @@ from tyro.conf import Positional
 import storyllm
 from storyllm.data.synthetic import NAMES
 
-
 ALL_NAMES = {name for names in NAMES.values() for name in names}
 
 
@@ -28,7 +27,9 @@ def different_names(story: str) -> int:
     return len(set(re.findall(r"\w+", story)) & ALL_NAMES)
 
 
-def main(checkpoints: Positional[tuple[Path, ...]], stories: int = 200, temperature: float = 0.5, seed: int = 0) -> None:
+def main(
+    checkpoints: Positional[tuple[Path, ...]], stories: int = 200, temperature: float = 0.5, seed: int = 0
+) -> None:
     """Generates stories without a prompt and counts the names in each. The first row is the corpus."""
     print(f"{'names per story':>16} {'at most two':>12}   {stories} stories, temperature {temperature:g}, seed {seed}")
     corpus = list(islice(storyllm.read_stories(storyllm.get_recipe("demo").data, "validation"), stories))

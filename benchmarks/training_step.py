@@ -29,7 +29,9 @@ import storyllm
 
 def step_makers(recipe: storyllm.Recipe) -> dict[str, Callable[[], Callable[[], object]]]:
     """For each implementation, a function that creates a model and returns a function that trains it on the batch."""
-    config = dataclasses.replace(recipe.train, device="cpu", gradient_accumulation_steps=1, max_iters=1_000_000)
+    config = dataclasses.replace(
+        recipe.train, device="cpu", dtype="float32", gradient_accumulation_steps=1, max_iters=1_000_000
+    )
     shape = (2, config.batch_size, recipe.model.block_size)
     x, y = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 

@@ -20,6 +20,9 @@ GPU_BYTES_PER_TOKEN = 1 << 20
 GPU_TOKENS = 65_536
 REFERENCE_SIZE = 6 * 384
 
+# With narrower models, a CPU gains nothing from bf16.
+MIN_BF16_WIDTH = 192
+
 # Compilation takes about a minute and saves up to a third of the run. "auto" compiles runs that would otherwise take
 # COMPILE_SECONDS, estimated at TYPICAL_MFU of the GPU's peak FLOP/s (an unknown GPU counts as a T4).
 COMPILE_SECONDS = 300
@@ -108,6 +111,8 @@ def resolve_device_config(train: TrainConfig, model: GPTConfig) -> DeviceConfig:
     elif device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         dtype, dtype_reason = auto_dtype(capability)
+    elif device.type == "cpu" and cpu_has_bf16() and model.n_embd >= MIN_BF16_WIDTH:
+        dtype, dtype_reason = torch.bfloat16, "native on this CPU"
     if train.dtype != "auto":
         dtype, dtype_reason = getattr(torch, train.dtype), "as requested"
     peak = peak_flops(name, dtype)
@@ -153,6 +158,14 @@ def auto_compile(
     seconds = flops / (TYPICAL_MFU * (peak or PEAK_FLOPS["T4"]))
     reason = f"pays off for runs over {COMPILE_SECONDS / 60:.0f} minutes, this one is estimated at {seconds / 60:.1f}"
     return seconds >= COMPILE_SECONDS, reason
+
+
+def cpu_has_bf16() -> bool:
+    """True if this CPU multiplies bf16 matrices natively. Others emulate it, many times slower than float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # added in PyTorch 2.13
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def auto_dtype(capability: tuple[int, int]) -> tuple[torch.dtype, str]:

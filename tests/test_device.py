@@ -97,7 +97,29 @@ def test_an_a100_trains_in_bf16(gpu):
     assert resolve_device_config(TrainConfig(), GPTConfig()).dtype == torch.bfloat16
 
 
-def test_a_cpu_trains_in_float32_without_compilation():
+@pytest.mark.parametrize(
+    ("capabilities", "width", "dtype"),
+    [
+        ({"avx512_bf16": True}, 384, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, 192, torch.bfloat16),
+        ({"avx512_bf16": True}, 128, torch.float32),  # too narrow to profit
+        ({"avx512_f": True, "avx512_bf16": False}, 384, torch.float32),
+        ({}, 384, torch.float32),
+        (None, 384, torch.float32),  # PyTorch before 2.13 cannot tell
+    ],
+)
+def test_a_cpu_with_native_bf16_uses_it(monkeypatch, capabilities, width, dtype):
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    model = GPTConfig(n_embd=width, n_head=4)
+    assert resolve_device_config(TrainConfig(device="cpu"), model).dtype == dtype
+    assert resolve_device_config(TrainConfig(device="cpu", dtype="float32"), model).dtype == torch.float32
+
+
+def test_a_cpu_trains_in_float32_without_compilation(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     config = resolve_device_config(TrainConfig(device="cpu"), GPTConfig())
     assert (config.device.type, config.dtype, config.compile) == ("cpu", torch.float32, False)
     assert (config.name, config.peak_flops) == ("CPU", None)

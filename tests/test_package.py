@@ -23,7 +23,7 @@ ORDER = """
 openmp config recipes files device
 data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer data.token_file data.prepare
 data.windows
-model.linear model.loss model.sampling model.kv_cache model.decoding model.gpt
+model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint storyteller
 evaluation.likelihood
 training.optimizer training.interrupt training.log training.execution training.progress

@@ -24,21 +24,27 @@ class BFloat16Linear(nn.Module):
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights and a scale for each output, for float32 inputs and outputs.
 
-    Inputs are quantized too, to 7 bits with a scale for the whole tensor: with 8 bits, sums could overflow on CPUs
-    without VNNI.
+    Each input row is rounded to int8 too, with its own scale, so a story does not depend on the others of its batch.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        weight = layer.weight.detach()
-        scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
-        zero_points = torch.zeros(len(weight), dtype=torch.long)
-        quantized = torch.quantize_per_channel(weight, scales.double(), zero_points, axis=0, dtype=torch.qint8)
-        bias = None if layer.bias is None else layer.bias.detach()
-        self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+        weight, scale = _to_int8(layer.weight.detach())  # (out, in), (out, 1)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale[:, 0])
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+        rows, row_scale = _to_int8(x.reshape(-1, x.size(-1)))
+        y = torch._int_mm(rows, self.weight.t()) * row_scale * self.scale  # int32 sums are exact
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, m) numbers to (n, m) int8 and an (n, 1) scale for each row: `x` is about their product."""
+    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+    return (x / scale).round().to(torch.int8), scale
 
 
 FORMATS: dict[str, type[BFloat16Linear] | type[Int8Linear]] = {"bfloat16": BFloat16Linear, "int8": Int8Linear}
@@ -52,7 +58,9 @@ def convert_linear_layers(model: nn.Module, weights: str) -> None:
     if weights not in FORMATS:
         raise StoryLLMError(f"weights is {weights!r}, must be 'auto', 'float32' or one of {', '.join(FORMATS)}")
     if (device := next(model.parameters()).device).type != "cpu":
-        raise StoryLLMError(f"weights {weights!r} are for a CPU, the model is on {device}; use 'float32', or device 'cpu'")
+        raise StoryLLMError(
+            f"weights {weights!r} are for a CPU, the model is on {device}; use 'float32', or device 'cpu'"
+        )
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             model.set_submodule(name, FORMATS[weights](layer))
