@@ -1,6 +1,7 @@
 """Tokens per second of generation: StoryLLM against GPT-2 of `transformers` with its KV cache, and the plain loop.
 
     python benchmarks/generation.py                                # one story, and 32 in one batch, on a CPU
+    python benchmarks/generation.py --weights int8                 # with int8 weights; the baselines stay float32
     python benchmarks/generation.py --device cuda --stories 1 256
 
 The models have the recipe's shape and random weights. Prompts have 16 tokens, and generation fills the context. Beyond
@@ -20,6 +21,7 @@ from common import STORYLLM, describe_machine, median_seconds, print_table, run_
 from torch import Tensor
 
 import storyllm
+from storyllm.model.quantization import convert_linear_layers
 
 PROMPT_TOKENS = 16
 
@@ -30,6 +32,7 @@ def main(
     stories: tuple[int, ...] = (1, 32),
     repeats: int = 3,
     tokens_beyond: int = 32,
+    weights: str = "float32",
 ) -> None:
     """Times sampling at temperature 1 without top-k or top-p, for each number of stories in a batch.
 
@@ -37,8 +40,11 @@ def main(
     """
     config = storyllm.get_recipe(recipe).model
     print(f"{describe_machine()}, recipe {recipe}, transformers {transformers.__version__}, medians of {repeats}")
+    print(f"{torch.get_num_threads()} threads, StoryLLM with {weights} weights, the others with float32")
     torch.manual_seed(0)
     model = storyllm.GPT(config).to(device).eval()
+    if weights != "float32":
+        convert_linear_layers(model, weights)
     plain_model = plain_loop.PlainGPT(config).to(device).eval()
     generate_with_transformers = make_transformers_generate(config, device)
     new_tokens = config.block_size - PROMPT_TOKENS
