@@ -34,6 +34,7 @@ SMALLEST = {
     "shared_cpu.py": "--busy 1 --seconds 0.1 --rounds 1 --tasks 'generate demo (tokens/s)'",
     "import_time.py": "--repeats 1",
     "memory.py": "--device cpu --repeats 1",
+    "names.py": "{run}/last.pt --stories 2",
     "gpu.py": "--data-dir {data} --device cpu --small",
     "sweep.py": f"--data-dir {{data}} --tokens 160 --base '{TINY_SETTINGS}' --rows train.learning_rate=1e-3",
     "learning_curves.py": "--source {stories} --runs demo --tokens 1024 --eval-windows 2",
@@ -48,14 +49,15 @@ TABLE_ROW = re.compile(
 
 
 @pytest.fixture
-def run_benchmark(tiny_data, tmp_path, monkeypatch, capsys):
+def run_benchmark(tiny_data, tiny_run, tmp_path, monkeypatch, capsys):
     """Runs a script in this process, in an empty folder, and returns its exit code, output and errors."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.chdir(tmp_path)
 
     def run(script, options):
         module = importlib.import_module(script.removesuffix(".py"))
-        arguments = shlex.split(options.format(data=tiny_data, stories=tiny_data.parent / "stories.txt"))
+        stories = tiny_data.parent / "stories.txt"
+        arguments = shlex.split(options.format(data=tiny_data, stories=stories, run=tiny_run))
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(SystemExit) as exited:
             importlib.import_module("common").run_cli(module.main)
@@ -73,7 +75,7 @@ def test_the_readme_lists_every_script_and_make_bench_runs_those_for_a_cpu():
     readme = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+\.py)` \|", readme, re.M)) == SCRIPTS - MODULES
     makefile = (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
-    not_in_make_bench = {"shared_cpu.py", "gpu.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
+    not_in_make_bench = {"shared_cpu.py", "names.py", "gpu.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
     assert set(re.findall(r"benchmarks/(\w+\.py)", makefile)) == set(SMALLEST) - not_in_make_bench
 
 
@@ -88,14 +90,14 @@ def test_a_benchmark_prints_a_table(run_benchmark, script):
 @pytest.mark.campaign
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", SMALLEST)
-def test_a_benchmark_runs_from_the_command_line(script, tiny_data, tmp_path, request):
+def test_a_benchmark_runs_from_the_command_line(script, tiny_data, tiny_run, tmp_path, request):
     if script == "faithful_curve.py":
         request.getfixturevalue("gpt2_cache")
-    options = SMALLEST[script].format(data=tiny_data, stories=tiny_data.parent / "stories.txt")
+    options = SMALLEST[script].format(data=tiny_data, stories=tiny_data.parent / "stories.txt", run=tiny_run)
     command = [sys.executable, str(BENCHMARKS / script), *shlex.split(options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2_000:]
-    if script not in {"shared_cpu.py", "memory.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}:
+    if script not in {"shared_cpu.py", "memory.py", "names.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}:
         assert TABLE_ROW.search(done.stdout), done.stdout
     if script == "tokenization.py":
         assert "identical output: True" in done.stdout
@@ -135,6 +137,16 @@ def test_learning_curves_are_compared_on_all_validation_stories(run_benchmark, t
     report = evaluate(load(tmp_path / "runs/demo-2048-1/last.pt"), tmp_path / "runs/data-bpe1024/validation.bin")
     assert rows[1][1:] == (f"{report.loss:.4f}", f"{report.bits_per_byte:.4f}")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_counted_in_each_story(run_benchmark, monkeypatch):
+    code, out, _ = run_benchmark("names.py", SMALLEST["names.py"])
+    assert code == 0
+    corpus, model = re.findall(r"^ +(\d\.\d\d) +(\d\.\d{3})   (?:the corpus|.*last\.pt)$", out, re.M)
+    assert 1 <= float(corpus[0]) <= 2 and float(corpus[1]) == 1
+    assert model == ("0.00", "1.000")  # its stories have other names
+    names = importlib.import_module("names")
+    assert names.different_names("Mia and Tom ran. Mia's dog, Anna, said: TOM!") == 3
 
 
 def test_the_baseline_tokenizes_to_identical_bytes(tiny_data, tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the weights."""
-        return self.transformer["wte"].weight.device
+        return next(self.parameters()).device
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """(B, T) ids to the (B, T, C) final hidden states. With a cache, `idx` follows the cached tokens.

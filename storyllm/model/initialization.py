@@ -39,8 +39,9 @@ def _initialize_module(module: nn.Module, n_layer: int) -> None:
         nn.init.normal_(module.weight, std=STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
-    if hasattr(module, "c_proj"):  # attention and MLP; `apply` visits a module after its children
-        nn.init.normal_(module.c_proj.weight, std=STD / math.sqrt(2 * n_layer))
+    projection: Any = getattr(module, "c_proj", None)  # of attention or MLP
+    if projection is not None:  # `apply` visits a module after its children
+        nn.init.normal_(projection.weight, std=STD / math.sqrt(2 * n_layer))
 
 
 def _initialize_copying(qkv: Tensor, projection: Tensor, strength: float) -> None:

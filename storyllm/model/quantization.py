@@ -12,6 +12,9 @@ from ..config import StoryLLMError
 class BFloat16Linear(nn.Module):
     """A linear layer with bfloat16 weights for float32 inputs and outputs."""
 
+    weight: Tensor  # (out, in) bfloat16
+    bias: Tensor | None
+
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.register_buffer("weight", layer.weight.detach().bfloat16())
@@ -27,9 +30,13 @@ class Int8Linear(nn.Module):
     Each input row is rounded to int8 too, with its own scale, so a story does not depend on the others of its batch.
     """
 
+    weight: Tensor  # (out, in) int8
+    scale: Tensor  # (out,) float32
+    bias: Tensor | None
+
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        weight, scale = _to_int8(layer.weight.detach())  # (out, in), (out, 1)
+        weight, scale = _to_int8(layer.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale[:, 0])
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
