@@ -1,7 +1,7 @@
 """Tokens per second of generation: StoryLLM against GPT-2 of `transformers` with its KV cache, and the plain loop.
 
     python benchmarks/generation.py                                # one story, and 32 in one batch, on a CPU
-    python benchmarks/generation.py --weights int8                 # with int8 weights; the baselines stay float32
+    python benchmarks/generation.py --weights int8 bfloat16        # also with smaller weights
     python benchmarks/generation.py --device cuda --stories 1 256
 
 The models have the recipe's shape and random weights. Prompts have 16 tokens, and generation fills the context. Beyond
@@ -10,6 +10,7 @@ the context, where every new token has the last `block_size` tokens read again, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,19 +33,21 @@ def main(
     stories: tuple[int, ...] = (1, 32),
     repeats: int = 3,
     tokens_beyond: int = 32,
-    weights: str = "float32",
+    weights: tuple[str, ...] = (),
+    plain: bool = True,
 ) -> None:
     """Times sampling at temperature 1 without top-k or top-p, for each number of stories in a batch.
 
-    `tokens_beyond` is the number of new tokens per story beyond the context.
+    `tokens_beyond` is the number of new tokens per story beyond the context. `weights` adds StoryLLM's model with these
+    weights; all others have float32 weights. `plain` includes the plain loop, which is slow with many stories.
     """
     config = storyllm.get_recipe(recipe).model
     print(f"{describe_machine()}, recipe {recipe}, transformers {transformers.__version__}, medians of {repeats}")
-    print(f"{torch.get_num_threads()} threads, StoryLLM with {weights} weights, the others with float32")
     torch.manual_seed(0)
     model = storyllm.GPT(config).to(device).eval()
-    if weights != "float32":
-        convert_linear_layers(model, weights)
+    converted = {f"{STORYLLM}, {name} weights": copy.deepcopy(model) for name in weights}
+    for name, other in zip(weights, converted.values(), strict=True):
+        convert_linear_layers(other, name)
     plain_model = plain_loop.PlainGPT(config).to(device).eval()
     generate_with_transformers = make_transformers_generate(config, device)
     new_tokens = config.block_size - PROMPT_TOKENS
@@ -52,15 +55,19 @@ def main(
         idx = torch.randint(config.vocab_size, (count, PROMPT_TOKENS), device=device)
         functions: dict[str, Callable[[], object]] = {
             STORYLLM: partial(model.generate, idx, new_tokens),
+            **{name: partial(other.generate, idx, new_tokens) for name, other in converted.items()},
             "transformers": partial(generate_with_transformers, idx, new_tokens),
-            "plain loop": partial(plain_model.generate, idx, new_tokens),
         }
+        if plain:
+            functions["plain loop"] = partial(plain_model.generate, idx, new_tokens)
         print_rates(f"batch of {count}", functions, repeats, count * new_tokens)
         full = torch.randint(config.vocab_size, (count, config.block_size), device=device)
         functions = {
             STORYLLM: partial(model.generate, full, tokens_beyond),
-            "plain loop": partial(plain_model.generate, full, tokens_beyond),
+            **{name: partial(other.generate, full, tokens_beyond) for name, other in converted.items()},
         }
+        if plain:
+            functions["plain loop"] = partial(plain_model.generate, full, tokens_beyond)
         print_rates(f"batch of {count}, beyond the context", functions, repeats, count * tokens_beyond)
 
 
