@@ -111,7 +111,7 @@ def resolve_device_config(train: TrainConfig, model: GPTConfig) -> DeviceConfig:
     elif device.type == "cuda":
         name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
         dtype, dtype_reason = auto_dtype(capability)
-    elif device.type == "cpu" and cpu_has_bf16() and model.n_embd >= MIN_BF16_WIDTH:
+    elif device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16") and model.n_embd >= MIN_BF16_WIDTH:
         dtype, dtype_reason = torch.bfloat16, "native on this CPU"
     if train.dtype != "auto":
         dtype, dtype_reason = getattr(torch, train.dtype), "as requested"
@@ -160,12 +160,12 @@ def auto_compile(
     return seconds >= COMPILE_SECONDS, reason
 
 
-def cpu_has_bf16() -> bool:
-    """True if this CPU multiplies bf16 matrices natively. Others emulate it, many times slower than float32."""
+def cpu_has(*instructions: str) -> bool:
+    """True if this CPU has one of these sets of instructions, as PyTorch names them. False if PyTorch cannot tell."""
     if not hasattr(torch.cpu, "get_capabilities"):  # added in PyTorch 2.13
         return False
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(capabilities.get(name, False) for name in instructions)
 
 
 def auto_dtype(capability: tuple[int, int]) -> tuple[torch.dtype, str]:

@@ -20,13 +20,13 @@ from .checkpoint import load_checkpoint, restore_model
 from .config import StoryLLMError, plain_number, shown
 from .data.stories import check_whitespace
 from .data.windows import sequential_windows
-from .device import resolve_device
+from .device import cpu_has, resolve_device
 from .model.decoding import decode, eval_mode
 from .model.gpt import GPT
 from .model.quantization import convert_linear_layers
 from .model.sampling import check_sampling
 
-MIN_INT8_PARAMETERS = 5_000_000  # smaller models fit in a CPU's cache, and float32 is as fast
+MIN_INT8_PARAMETERS = 5_000_000  # the weights of smaller models fit in a CPU's cache, and float32 is faster
 DEFAULT_MAX_NEW_TOKENS = 500  # nearly all stories of TinyStories and of the synthetic generator are shorter
 
 
@@ -229,14 +229,14 @@ def load(path: str | Path, device: str = "auto", weights: str = "float32") -> St
     """The storyteller in a checkpoint (`best_model_params.pt` or `last.pt`). The file is all it needs.
 
     With `weights` "int8" or "bfloat16", the linear layers have weights in that format, for faster generation on a CPU
-    (see `convert_linear_layers`). "auto" is "int8" for models on a CPU that profit from it, otherwise "float32".
+    (see `convert_linear_layers`). "auto" is "int8" for a large model on a CPU with VNNI, otherwise "float32".
     Raises StoryLLMError if the file is missing, corrupted, or not a StoryLLM checkpoint, or the device is unavailable.
     """
     model, tokenizer, _ = restore_model(load_checkpoint(path), path)
     model = model.to(resolve_device(device))
     if weights == "auto":
         large = model.num_parameters() >= MIN_INT8_PARAMETERS
-        weights = "int8" if model.device.type == "cpu" and large else "float32"
+        weights = "int8" if model.device.type == "cpu" and large and cpu_has("avx512_vnni", "avx_vnni") else "float32"
     if weights != "float32":
         convert_linear_layers(model, weights)
     return Storyteller(model, tokenizer)
