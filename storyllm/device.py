@@ -20,8 +20,8 @@ GPU_BYTES_PER_TOKEN = 1 << 20
 GPU_TOKENS = 65_536
 REFERENCE_SIZE = 6 * 384
 
-# The narrowest model for which bf16 was measured to be faster on a CPU (docs/experiments.md).
-MIN_BF16_WIDTH = 128
+# On a CPU, "auto" keeps float32 for narrower models: `demo` was faster in bf16, but not as good (docs/experiments.md).
+MIN_BF16_WIDTH = 192
 
 # Compilation takes about a minute and saves up to a third of the run. "auto" compiles runs that would otherwise take
 # COMPILE_SECONDS, estimated at TYPICAL_MFU of the GPU's peak FLOP/s (an unknown GPU counts as a T4).

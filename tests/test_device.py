@@ -101,8 +101,8 @@ def test_an_a100_trains_in_bf16(gpu):
     ("capabilities", "width", "dtype"),
     [
         ({"avx512_bf16": True}, 384, torch.bfloat16),
-        ({"avx512_bf16": False, "amx_bf16": True}, 128, torch.bfloat16),
-        ({"avx512_bf16": True}, 64, torch.float32),  # too narrow
+        ({"avx512_bf16": False, "amx_bf16": True}, 192, torch.bfloat16),
+        ({"avx512_bf16": True}, 128, torch.float32),  # too narrow
         ({"avx512_f": True, "avx512_bf16": False}, 384, torch.float32),
         ({}, 384, torch.float32),
         (None, 384, torch.float32),  # PyTorch before 2.13 cannot tell
