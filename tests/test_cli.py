@@ -84,6 +84,12 @@ def test_a_folder_stands_for_its_file(run, tiny_data, capsys):
     assert output_of(capsys, *generate, str(run)) == output_of(capsys, *generate, str(run / "best_model_params.pt"))
 
 
+@pytest.mark.parametrize("weights", ["auto", "float32", "bfloat16", "int8"])
+def test_stories_are_generated_with_other_weights(weights, run, capsys):
+    command = ["generate", "--max-new-tokens", "3", "--checkpoint", str(run), "--weights", weights, "One day"]
+    assert output_of(capsys, *command).startswith("One day")
+
+
 def test_a_terminal_shows_stories_with_lines_broken_at_words(run, capsys, monkeypatch):
     command = ["generate", "--checkpoint", str(run), "--max-new-tokens", "80", "--seed", "2", "One day Mia"]
     piped = output_of(capsys, *command)
