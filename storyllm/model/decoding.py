@@ -31,6 +31,12 @@ class LanguageModel(Protocol):
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor: ...
 
 
+def check_ids(idx: Tensor) -> None:
+    """Raises StoryLLMError unless `idx` has the shape (B, T) with T of at least 1."""
+    if idx.ndim != 2 or idx.size(1) == 0:
+        raise StoryLLMError(f"idx has shape {tuple(idx.shape)}, must be (B, T) with T of at least 1")
+
+
 @torch.inference_mode()
 def decode(
     model: LanguageModel,
@@ -53,8 +59,7 @@ def decode(
     invalid.
     """
     temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
-    if idx.ndim != 2 or idx.size(1) == 0:
-        raise StoryLLMError(f"idx has shape {tuple(idx.shape)}, must be (B, T) with T of at least 1")
+    check_ids(idx)
     block_size = model.config.block_size
     step = _CachedStep(model, idx, max_new_tokens) if use_cache else None
     for i in range(max_new_tokens):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..config import GPTConfig, StoryLLMError
-from .decoding import decode
+from .decoding import check_ids, decode
 from .initialization import initialize
 from .kv_cache import KVCache
 from .linear import Linear
@@ -131,8 +131,7 @@ class GPT(nn.Module):
 
         Raises StoryLLMError if `idx` has another shape or the tokens exceed the context.
         """
-        if idx.ndim != 2 or idx.size(1) == 0:
-            raise StoryLLMError(f"idx has shape {tuple(idx.shape)}, must be (B, T) with T of at least 1")
+        check_ids(idx)
         T = idx.size(1)
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
@@ -168,7 +167,7 @@ class GPT(nn.Module):
         """
         _check_targets(idx, targets)
         if not isinstance(self.lm_head, Linear):  # converted to smaller weights
-            return F.cross_entropy(self(idx)[0].flatten(0, 1), targets.flatten())
+            return self(idx, targets)[1]
         return linear_cross_entropy(self.hidden(idx).flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
