@@ -109,9 +109,7 @@ class Generate:
     top_p: float | None = None  # sample only from the smallest set of most likely tokens with at least this probability
     seed: int | None = None  # random seed; the same seed gives the same story
     num_stories: int = 1  # number of stories, generated as one batch
-    weights: Literal["auto", "float32", "bfloat16", "int8"] = (
-        "auto"  # format of the weights; "auto": fast on this device
-    )
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = "auto"  # "auto": int8 for large models on a CPU
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
 
     def run(self) -> int:

@@ -146,9 +146,7 @@ class DataConfig:
     source: str = "roneneldan/TinyStories"  # a dataset on the Hugging Face Hub, a local file or folder, or "synthetic"
     tokenizer: str = "gpt2"  # "gpt2", or "bpe:N" to train a byte-level BPE vocabulary of N tokens on the stories
     text_column: str = "text"  # name of the text column (Hub, .parquet, .csv) or key (.jsonl, .json)
-    validation_fraction: float = (
-        0.01  # fraction to hold out if there is no validation split; small sources hold out more
-    )
+    validation_fraction: float = 0.01  # fraction to hold out without a validation split; small sources hold out more
     max_stories: int | None = None  # use only the first stories: of each split, or of a source without splits
     clean: bool = False  # fix mojibake (UTF-8 read as Windows-1252), strip surrounding whitespace, drop empty stories
     synthetic_stories: int = 20_000  # number of synthetic training stories (plus 5% for validation)
@@ -183,9 +181,7 @@ class TrainConfig:
     batch_size: int = 32  # windows per iteration
     gradient_accumulation_steps: int = 32  # iterations per optimizer update
     micro_batch_size: int | Literal["auto"] = "auto"  # windows per forward pass; affects memory and speed only
-    windows: Literal["random", "shuffled"] = (
-        "random"  # sample windows with replacement ("random") or without ("shuffled")
-    )
+    windows: Literal["random", "shuffled"] = "random"  # sample windows with replacement, or without ("shuffled")
     optimizer: Literal["adamw", "muon"] = "adamw"  # "muon": Muon for the matrices in the blocks, AdamW for the rest
     schedule: Literal["cosine", "wsd"] = "cosine"  # learning rate schedule after warmup; "wsd": warmup-stable-decay
     learning_rate: float = 1e-4  # learning rate at the end of warmup

@@ -131,6 +131,8 @@ def test_every_command_has_help(command, capsys):
     assert f"storyllm {command}" in text
     positional = {"generate": "beginning of the story", "plot": "logs written by"}
     assert positional.get(command, "") in text
+    options = " ".join(re.sub("[│╭╰─╮╯]", "", text).split())
+    assert re.findall(r"(--[\w.-]+) (?:[A-Z]+\|)?(?:{\S+}\S*|[A-Z]+) \(default", options) == []  # no description
     assert "dataclass" not in text and "StoryLLMError" not in text and "Raises" not in text
 
 
