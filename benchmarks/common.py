@@ -79,7 +79,7 @@ def make_update(recipe: storyllm.Recipe, x: Tensor, y: Tensor) -> Callable[[], o
     """A function that updates a new model of `recipe` on (windows, T) inputs and targets, as `storyllm.train` would."""
     device = resolve_device_config(recipe.train, recipe.model)
     model = storyllm.GPT(recipe.model).to(device.device).train()
-    optimizer, scaler = make_optimizer(model, recipe.train), device.grad_scaler()
+    optimizer, scaler = make_optimizer(model, recipe.train, device.dtype), device.grad_scaler()
     loss_fn: Callable[[Tensor, Tensor], Tensor] = model.loss
     if device.compile:
         loss_fn = torch.compile(model.loss, dynamic=False)

@@ -26,7 +26,7 @@ data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint storyteller
 evaluation.likelihood
-training.optimizer training.interrupt training.log training.execution training.progress
+training.muon training.optimizer training.interrupt training.log training.execution training.progress
 training.run_folder training.loop
 plots.style plots.loss_curves plots.architecture
 __init__ cli __main__

@@ -99,8 +99,8 @@ def _loss_and_gradients(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
     # In bf16 on a CPU, adding to the float32 weight gradient would take half the time, so it is done less often.
     rows_per_sum = CPU_CHUNKS_PER_SUM * rows if dtype != torch.float32 and x.device.type == "cpu" else rows
     for xs, ys in zip(x.split(rows_per_sum), targets.split(rows_per_sum), strict=True):
-        chunks = []
-        for xc, yc in zip(xs.split(rows), ys.split(rows), strict=True):
+        grad_logits = torch.empty(len(xs), len(padded), dtype=dtype, device=x.device)
+        for xc, yc, grad_chunk in zip(xs.split(rows), ys.split(rows), grad_logits.split(rows), strict=True):
             logits = linear(xc, padded).float()  # (rows, V)
             if len(padded) > vocab_size:
                 logits[:, vocab_size:] = -math.inf
@@ -108,12 +108,10 @@ def _loss_and_gradients(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
             del logits
             loss = loss + F.nll_loss(log_probs, yc, reduction="sum")  # skips ignored targets
             ids = yc[:, None].clamp(min=0)  # (rows, 1)
-            grad_logits = log_probs.exp_()  # the gradient of cross-entropy is softmax minus one-hot
-            grad_logits.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
-            chunks.append(grad_logits.to(dtype))
-            del log_probs, grad_logits  # free them before the next chunk is allocated
-        grad_logits = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
-        del chunks
+            log_probs.exp_()  # the gradient of cross-entropy is softmax minus one-hot
+            log_probs.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
+            grad_chunk.copy_(log_probs)
+            del log_probs  # free it before the next chunk is allocated
         grads_x.append(linear(grad_logits, padded.t()))
         if dtype == torch.float32:
             grad_weight.addmm_(grad_logits.t(), xs)

@@ -91,7 +91,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
             device = dataclasses.replace(device, micro_batch_size=saved["micro_batch_size"])
         torch.manual_seed(config.seed)
         model = GPT(model_config).to(device.device)
-        optimizer = make_optimizer(model, config)
+        optimizer = make_optimizer(model, config, device.dtype)
         execution = Execution(config, device, optimizer, interrupt, folder.log.warn)
         state = folder.restore(saved, model, execution) if saved else TrainState()
         progress = Progress(recipe, state.iteration, device.peak_flops)

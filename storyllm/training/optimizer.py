@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import StoryLLMError, TrainConfig
+from ..config import TrainConfig
+from .muon import Muon
 
 
 def lr_at(iteration: int, config: TrainConfig) -> float:
@@ -36,26 +37,31 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[s
     """The parameter groups of Muon (empty unless `optimizer` is "muon") and of AdamW.
 
     Muon orthogonalizes an update, so it is for the matrices within the blocks, not for embeddings, whose rows belong to
-    different tokens. Matrices and embeddings have weight decay; biases and LayerNorm gains have none.
+    different tokens. Queries, keys and values share a matrix, but have different purposes: each is orthogonalized on
+    its own. Matrices and embeddings have weight decay; biases and LayerNorm gains have none.
     """
     named = list(model.named_parameters())
     muon_names = {n for n, p in named if config.optimizer == "muon" and p.ndim == 2 and n.startswith("transformer.h.")}
-    hidden = [p for name, p in named if name in muon_names]
+    qkv = [p for name, p in named if name in muon_names and "c_attn" in name]
+    hidden = [p for name, p in named if name in muon_names and "c_attn" not in name]
     matrices = [p for name, p in named if p.ndim >= 2 and name not in muon_names]
     vectors = [p for _, p in named if p.ndim < 2]
     decay = config.weight_decay
-    muon = [{"params": hidden, "weight_decay": decay, "lr_scale": config.muon_lr_scale}]
+    muon = [
+        {"params": qkv, "weight_decay": decay, "lr_scale": config.muon_lr_scale, "parts": 3},
+        {"params": hidden, "weight_decay": decay, "lr_scale": config.muon_lr_scale},
+    ]
     adamw = [
         {"params": matrices, "weight_decay": decay, "lr_scale": 1.0},
         {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
-    return muon if hidden else [], adamw
+    return muon if muon_names else [], adamw
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), fused except on MPS, optionally with Muon (Jordan et al. 2024).
 
-    Raises StoryLLMError if this version of PyTorch has no Muon.
+    `dtype` is that of the run's matrix products, and of Muon's.
     """
     muon_groups, adamw_groups = parameter_groups(model, config)
     on_mps = next(model.parameters()).device.type == "mps"
@@ -63,12 +69,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     adamw = torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=not on_mps)
     if not muon_groups:
         return adamw
-    if not hasattr(torch.optim, "Muon"):
-        raise StoryLLMError(
-            f"optimizer 'muon' needs PyTorch 2.9 or newer, this is {torch.__version__}; upgrade, or use 'adamw'"
-        )
-    # match_rms_adamw scales the updates to the size of AdamW's, so both share a learning rate (Liu et al. 2025).
-    return MuonAndAdamW(torch.optim.Muon(muon_groups, config.learning_rate, adjust_lr_fn="match_rms_adamw"), adamw)
+    return MuonAndAdamW(Muon(muon_groups, config.learning_rate, dtype=dtype), adamw)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -102,7 +103,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
     Raises ValueError unless the state matches the optimizer's parameters, or is empty, as before the first update.
     """
     state = saved["state"]
-    parameters = [(p, "ns_steps" in group) for group in optimizer.param_groups for p in group["params"]]
+    parameters = [(p, "momentum" in group) for group in optimizer.param_groups for p in group["params"]]
     if state and set(state) != set(range(len(parameters))):
         raise ValueError("the optimizer state has other parameters")
     for index, tensors in state.items():
