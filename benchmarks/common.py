@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
 import resource
@@ -87,6 +88,13 @@ def make_update(recipe: storyllm.Recipe, x: Tensor, y: Tensor) -> Callable[[], o
     micro_batches = list(zip(x.split(device.micro_batch_size), y.split(device.micro_batch_size), strict=True))
     learning_rate = recipe.train.learning_rate
     return lambda: train_step(loss_fn, micro_batches, optimizer, learning_rate, recipe.train, device, scaler)
+
+
+def published_curve() -> list[dict[str, float]]:
+    """The rows of published_curve.csv: iterations and losses in nats per token of two runs, A and B."""
+    lines = Path(__file__).with_name("published_curve.csv").read_text(encoding="utf-8").splitlines()
+    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
+    return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
 def run_in_subprocess(script: str, *arguments: str) -> list[float]:

@@ -10,25 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common import run_cli
+from common import published_curve, run_cli
 
 import storyllm
-
-# Training loss in nats per token of two published runs of the recipe on all of TinyStories, each the mean over 500
-# random batches: extremecoder-rgb/StoryLLM and maverick0721/SLM-from-scratch.
-PUBLISHED = {
-    500: (9.4434, 9.4308),
-    1000: (8.4843, 8.4780),
-    1500: (7.5319, 7.5385),
-    2000: (6.6829, 6.6834),
-    2500: (5.9868, 5.9840),
-    3000: (5.4754, 5.4793),
-    4000: (4.7278, 4.7407),
-    5000: (4.2813, 4.2824),
-    10000: (3.1863, 3.1836),
-    15000: (2.6693, 2.6687),
-    19500: (2.3933, 2.3944),
-}
 
 
 def main(
@@ -52,12 +36,13 @@ def main(
 
 def print_comparison(log: storyllm.Log) -> None:
     """Prints the evaluations of a run at the iterations with published losses."""
+    published = {row["iteration"]: (row["train_loss_a"], row["train_loss_b"]) for row in published_curve()}
     minutes = log.updates[-1]["seconds"] / 60 if log.updates else 0
     print(f"\n{log.run['device']}, torch {log.run['versions']['torch']}, {minutes:.0f} minutes")
     print(f"{'iteration':>9} {'published':>17} {'train loss':>11} {'val loss':>9} {'difference':>11}")
     for entry in log.evaluations:
-        if entry["iteration"] in PUBLISHED:
-            first, second = PUBLISHED[entry["iteration"]]
+        if entry["iteration"] in published:
+            first, second = published[entry["iteration"]]
             difference = entry["train_loss"] - (first + second) / 2
             print(
                 f"{entry['iteration']:>9,} {first:>8.4f} {second:>8.4f} {entry['train_loss']:>11.4f} "

@@ -1,6 +1,7 @@
 """How much does a recipe learn from each token? Trains recipes on the same stories and compares their losses.
 
     python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 2500000
+    python benchmarks/learning_curves.py --source FOLDER --runs fast adamw --published --out curves.png
     python benchmarks/learning_curves.py --source FOLDER --tokens 4400000 --seeds 3               # for a GPU
     python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 82000000 --seeds 3  # as long as faithful
 
@@ -11,10 +12,11 @@ ones are not repeated. The stories need a validation split.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from common import describe_machine, run_cli
+from common import describe_machine, published_curve, run_cli
 
 import storyllm
 
@@ -31,12 +33,14 @@ def main(
     seeds: int = 1,
     folder: Path = Path("checkpoints/learning_curves"),
     out: Path | None = None,
+    published: bool = False,
     dtype: str = "auto",
     eval_windows: int = 256,
 ) -> int:
     """Trains each run with each seed on `tokens` tokens and prints a row with its loss on all validation stories.
 
-    `out` is a figure of the losses during training, which are measured on `eval_windows` fixed windows.
+    `out` is a figure of the losses during training, which are measured on `eval_windows` fixed windows. With
+    `published`, it also shows the published curve of `faithful`.
     """
     print(describe_machine())
     print(f"{'run':<12} {'seed':>4} {'tokens':>12} {'parameters':>11} {'loss':>7} {'bits/byte':>9} {'minutes':>8}")
@@ -58,6 +62,8 @@ def main(
                 flush=True,
             )
             logs[name if seeds == 1 else f"{name}, seed {seed}"] = log
+    if published:
+        logs["published run of faithful"] = published_log()
     if out is not None:
         storyllm.plot_runs(logs, out)
     return 0
@@ -78,6 +84,21 @@ def make_recipe(run: str, source: str, seed: int, tokens: int, dtype: str, eval_
             "train.eval_windows": eval_windows,
         }
     )
+
+
+def published_log() -> storyllm.Log:
+    """Run B of published_curve.csv, at constant speed. One of its tokens stands for 4.06 bytes of text."""
+    recipe = storyllm.get_recipe("faithful")
+    evaluations = [
+        {
+            "iteration": row["iteration"],
+            "val_loss": row["val_loss_b"],
+            "val_bits_per_byte": row["val_loss_b"] / math.log(2) / 4.06,
+            "seconds": 13_882 * row["iteration"] / recipe.train.max_iters,
+        }
+        for row in published_curve()
+    ]
+    return storyllm.Log(run={"recipe": recipe.to_dict()}, evaluations=evaluations)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ SMALLEST = {
     "names.py": "{run}/last.pt --stories 2",
     "gpu.py": "--data-dir {data} --device cpu --small",
     "sweep.py": f"--data-dir {{data}} --tokens 160 --base '{TINY_SETTINGS}' --rows train.learning_rate=1e-3",
-    "learning_curves.py": "--source {stories} --runs demo --tokens 1024 --eval-windows 2",
+    "learning_curves.py": "--source {stories} --runs demo --tokens 1024 --eval-windows 2 --published --out curves.svg",
     "faithful_curve.py": "--source {stories} --stop-at 1 --eval-windows 2",
 }
 # The scripts that also run in the normal suite, without the measurements that start processes. gpu.py runs loss.py and
