@@ -27,7 +27,7 @@ model.linear model.loss model.sampling model.kv_cache model.decoding model.initi
 checkpoint storyteller
 evaluation.likelihood
 training.optimizer training.interrupt training.log training.execution training.progress
-training.run_folder training.loop
+training.run_folder training.samples training.loop
 plots.style plots.loss_curves plots.architecture
 __init__ cli __main__
 """.split()

@@ -3,6 +3,7 @@
 {"event": "run", "recipe": {...}, "versions": {...}, "device": "CPU", "git_revision": "...", ...}     at each start
 {"event": "update", "iteration": 32, "train_loss": 10.8, "learning_rate": 4e-05, "grad_norm": 2.1, ...}
 {"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
+{"event": "sample", "iteration": 600, "prompt": "Once upon a time", "text": "Once upon a time, there was a little..."}
 {"event": "warning", "iteration": 500, "message": "out of memory with micro-batch size 32, retrying with 16"}
 
 Each line ends with a CRC-32 of the file up to that line, which reveals changed, deleted, repeated and moved lines,
@@ -32,6 +33,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "run": (),
     "update": ("iteration", "learning_rate"),
     "evaluation": ("iteration", "train_loss", "val_loss", "val_bits_per_byte"),
+    "sample": ("iteration",),
     "warning": ("iteration",),
 }
 
@@ -43,6 +45,7 @@ class Log:
     run: dict[str, Any] = field(default_factory=dict)  # the last "run" entry: recipe, versions, device
     updates: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     interrupted: int = 0  # from `train`: the signal that interrupted it (2: SIGINT, 15: SIGTERM), 0 if it completed
 
@@ -68,8 +71,12 @@ def read_log(path: str | Path, size: int | None = None) -> Log:
             if entry["event"] == "run":
                 log.run = entry
             else:
-                lists = {"update": log.updates, "evaluation": log.evaluations, "warning": log.warnings}
-                lists[entry["event"]].append(entry)
+                {
+                    "update": log.updates,
+                    "evaluation": log.evaluations,
+                    "sample": log.samples,
+                    "warning": log.warnings,
+                }[entry["event"]].append(entry)
         except (StoryLLMError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoryLLMError(
                 f"{path} line {number} is corrupted, out of order or not from a StoryLLM log; restore the file from a "
@@ -92,6 +99,8 @@ def _parse_line(line: bytes, crc: int) -> dict[str, Any]:
     for name, value in entry.items():
         if isinstance(value, (int, float)) and not abs(value) < 2**63:  # also rejects NaN
             raise ValueError(f"{name} is {value}")
+    if entry["event"] == "sample" and type(entry["text"]) is not str:
+        raise TypeError(f"text is {entry['text']}")
     if entry["event"] == "run":
         Recipe.from_dict(entry.get("recipe", {}))
     return entry

@@ -30,6 +30,7 @@ from .log import Log, describe_environment
 from .optimizer import lr_at, make_optimizer
 from .progress import Progress
 from .run_folder import RunFolder, TrainState
+from .samples import sample_if_due
 
 
 def train_step(
@@ -138,6 +139,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
 
                     for iteration in evaluations_due(state, next_iteration, config):
                         evaluate_at(iteration)
+                    sample_if_due(state, next_iteration, model, folder, progress)
                     if next_iteration > config.last_iteration or state.iteration == config.max_iters:
                         break
 
@@ -194,11 +196,7 @@ def evaluations_due(state: TrainState, next_iteration: int, config: TrainConfig)
 
     An evaluation that falls within an update sees the weights before it.
     """
-    first = max(state.iteration, state.last_evaluation + 1)
-    stop = config.last_iteration + 1
-    if state.iteration < config.max_iters:
-        stop = min(next_iteration, stop)
-    return [i for i in range(first, stop) if i % config.resolved_eval_interval == 0 or i == config.last_iteration]
+    return state.due(config.resolved_eval_interval, state.last_evaluation, next_iteration, config)
 
 
 def estimate_loss(

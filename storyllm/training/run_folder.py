@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CorruptedCheckpointError, check_tied, load_checkpoint, model_contents, save_checkpoint
-from ..config import Recipe, StoryLLMError
+from ..config import Recipe, StoryLLMError, TrainConfig
 from ..data.token_file import Dataset
 from ..files import earlier_version, lock_folder
 from ..model.gpt import GPT
@@ -24,9 +24,10 @@ BEST = "best_model_params.pt"
 LAST = "last.pt"
 LOG = "log.jsonl"
 
-# Settings that may change when a run resumes: how long it runs and on what, not what it learns.
+# Settings that may change when a run resumes: how long it runs and on what, and what is reported, not what it learns.
 RESUMABLE_CHANGES = frozenset(
-    "max_iters stop_at eval_interval micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile".split()
+    "max_iters stop_at eval_interval micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile "
+    "sample_interval sample_prompt".split()
 )
 
 
@@ -36,6 +37,7 @@ class TrainState:
 
     iteration: int = 0  # batches processed, always a whole number of updates
     last_evaluation: int = -1  # iteration of the last evaluation
+    last_sample: int = -1  # iteration of the last sample
     best_val_loss: float = math.inf
     seconds: float = 0.0  # training time over all sessions
     log_bytes: int = 0  # size of log.jsonl when this state was saved
@@ -53,6 +55,17 @@ class TrainState:
             if value >= 2**63 and name != "best_val_loss":  # infinite before the first evaluation
                 raise ValueError(f"{name} is out of range")
         return cls(**values)
+
+    def due(self, interval: int, last: int, next_iteration: int, config: TrainConfig) -> list[int]:
+        """The iterations after `last`, multiples of `interval` or the end, that see the current weights.
+
+        Those are the ones before `next_iteration`, at which the next update ends.
+        """
+        first = max(self.iteration, last + 1)
+        stop = config.last_iteration + 1
+        if self.iteration < config.max_iters:
+            stop = min(next_iteration, stop)
+        return [i for i in range(first, stop) if i % interval == 0 or i == config.last_iteration]
 
 
 class RunFolder:
@@ -194,7 +207,7 @@ class RunFolder:
     def save(self, state: TrainState, model: GPT, execution: Execution) -> None:
         """Saves everything needed to resume as last.pt. Raises StoryLLMError if the weights are not finite."""
         state.log_bytes = self.log.sync()  # first, so that a saved state never refers to lost log entries
-        self._check_finite(model, state.iteration)
+        self.check_finite(model, state.iteration)
         save_checkpoint(
             self.last,
             {
@@ -211,11 +224,11 @@ class RunFolder:
 
     def save_best(self, model: GPT, iteration: int, val_loss: float) -> None:
         """Saves the model as best_model_params.pt. Raises StoryLLMError if the weights are not finite."""
-        self._check_finite(model, iteration)
+        self.check_finite(model, iteration)
         contents = model_contents(model, self.data.tokenizer, self.recipe)
         save_checkpoint(self.path / BEST, {**contents, "iteration": iteration, "val_loss": val_loss})
 
-    def _check_finite(self, model: GPT, iteration: int) -> None:
+    def check_finite(self, model: GPT, iteration: int) -> None:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise self.diverged("the weights contain NaN or infinity", iteration)
 
