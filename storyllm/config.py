@@ -198,6 +198,7 @@ class TrainConfig:
     eval_windows: int = 1_024  # windows per split in an evaluation, the same ones every time
     sample_interval: int = 0  # iterations between samples: continuations of the same prompt; 0: no samples
     sample_prompt: str = "Once upon a time"  # the beginning of every sample
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # show the run in a tracker as well
     checkpoint_minutes: float = 2.0  # minutes between saves of last.pt
     keep_checkpoints: int = 2  # previous versions of last.pt to keep, in case it is corrupted
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of matrix multiplications

@@ -26,7 +26,7 @@ data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint storyteller
 evaluation.likelihood
-training.optimizer training.interrupt training.log training.execution training.progress
+training.optimizer training.interrupt training.trackers training.log training.execution training.progress
 training.run_folder training.samples training.loop
 plots.style plots.loss_curves plots.architecture
 __init__ cli __main__
@@ -34,7 +34,19 @@ __init__ cli __main__
 FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name))
 
 # Imported only where they are used, because each takes up to a second or is optional.
-LAZY = {"datasets", "matplotlib", "pyarrow", "pandas", "transformers", "tokenizers", "tyro", "IPython"}
+LAZY = {
+    "datasets",
+    "matplotlib",
+    "pyarrow",
+    "pandas",
+    "transformers",
+    "tokenizers",
+    "tyro",
+    "IPython",
+    "tensorboard",
+    "wandb",
+    "trackio",
+}
 
 
 def parse(module: str) -> ast.Module:

@@ -112,10 +112,10 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
         if not saved:  # from here on, the folder belongs to this run
             folder.save(state, model, execution)
 
-        last_save = time.monotonic()
-        run_start = time.monotonic() - state.seconds
         with progress, folder.log.open(state.log_bytes) as log:  # truncated to what the saved state knows
             log.write({"event": "run", "iteration": state.iteration, **describe_run(recipe, data, model, execution)})
+            last_save = time.monotonic()
+            run_start = time.monotonic() - state.seconds
 
             def evaluate_at(iteration: int) -> None:
                 """Evaluates the current weights, and keeps them if they are the best so far."""

@@ -19,6 +19,7 @@ from ..model.gpt import GPT
 from .execution import Execution
 from .log import Log, LogWriter, read_log
 from .optimizer import load_optimizer_state, lr_at
+from .trackers import Tracker
 
 BEST = "best_model_params.pt"
 LAST = "last.pt"
@@ -27,7 +28,7 @@ LOG = "log.jsonl"
 # Settings that may change when a run resumes: how long it runs and on what, and what is reported, not what it learns.
 RESUMABLE_CHANGES = frozenset(
     "max_iters stop_at eval_interval micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile "
-    "sample_interval sample_prompt".split()
+    "sample_interval sample_prompt report_to".split()
 )
 
 
@@ -69,14 +70,19 @@ class TrainState:
 
 
 class RunFolder:
-    """The checkpoint folder of a run of `recipe` on `data`."""
+    """The checkpoint folder of a run of `recipe` on `data`.
+
+    Raises StoryLLMError if the package that `report_to` needs is not installed.
+    """
 
     def __init__(self, path: str | Path, recipe: Recipe, data: Dataset) -> None:
         self.path = Path(path)
         self.recipe = recipe
         self.data = data
         self.last = self.path / LAST
-        self.log = LogWriter(self.path / LOG)
+        report_to = recipe.train.report_to
+        tracker = None if report_to == "none" else Tracker(report_to, self.path, recipe)
+        self.log = LogWriter(self.path / LOG, tracker)
 
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and keeps other processes out. Raises StoryLLMError if it is in use."""
