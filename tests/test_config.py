@@ -68,6 +68,8 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "train.sample_interval": (100, [-1, 1.5, "auto", None]),
     "train.sample_prompt": ("", [None, 3, b"One day"]),
     "train.report_to": ("tensorboard", ["TensorBoard", "", None, "mlflow"]),
+    "train.mirror_dir": ("/content/drive/MyDrive/runs", ["", 3, Path("runs")]),
+    "train.mirror_minutes": (0, [-1, math.nan, math.inf, None]),
     "train.checkpoint_minutes": (0, [-1, math.nan, math.inf]),
     "train.keep_checkpoints": (5, [-1, 1.0, None, 1_001]),
     "train.dtype": ("bfloat16", ["fp16", "", None, 16]),

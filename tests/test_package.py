@@ -26,8 +26,8 @@ data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint storyteller
 evaluation.likelihood
-training.optimizer training.interrupt training.trackers training.log training.execution training.progress
-training.run_folder training.samples training.loop
+training.optimizer training.interrupt training.trackers training.log training.mirror training.execution
+training.progress training.run_folder training.samples training.loop
 plots.style plots.loss_curves plots.architecture
 __init__ cli __main__
 """.split()

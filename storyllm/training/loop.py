@@ -103,7 +103,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
             )
             return folder.read_log()
         if saved:
-            progress.print(f"resuming at iteration {state.iteration:,}")
+            progress.print(f"resuming at iteration {state.iteration:,} from {printable(str(folder.origin))}")
         progress.print(f"{model.num_parameters():,} parameters\n{execution.device.description}")
 
         eval_windows = evaluation_windows(data, model_config.block_size, config)
@@ -187,6 +187,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
                     folder.save(state, model, execution)
             else:
                 folder.save(state, model, execution)
+            folder.copy_to_mirror(state)
     interrupted = interrupt.requested if state.last_evaluation < config.last_iteration else 0
     return dataclasses.replace(folder.read_log(), interrupted=interrupted)
 

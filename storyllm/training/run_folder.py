@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..files import earlier_version, lock_folder
 from ..model.gpt import GPT
 from .execution import Execution
 from .log import Log, LogWriter, read_log
+from .mirror import Mirror, Position
 from .optimizer import load_optimizer_state, lr_at
 from .trackers import Tracker
 
@@ -28,7 +29,7 @@ LOG = "log.jsonl"
 # Settings that may change when a run resumes: how long it runs and on what, and what is reported, not what it learns.
 RESUMABLE_CHANGES = frozenset(
     "max_iters stop_at eval_interval micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile "
-    "sample_interval sample_prompt report_to".split()
+    "sample_interval sample_prompt report_to mirror_dir mirror_minutes".split()
 )
 
 
@@ -72,7 +73,7 @@ class TrainState:
 class RunFolder:
     """The checkpoint folder of a run of `recipe` on `data`.
 
-    Raises StoryLLMError if the package that `report_to` needs is not installed.
+    Raises StoryLLMError if the package that `report_to` needs is not installed, or if `mirror_dir` cannot be used.
     """
 
     def __init__(self, path: str | Path, recipe: Recipe, data: Dataset) -> None:
@@ -83,6 +84,10 @@ class RunFolder:
         report_to = recipe.train.report_to
         tracker = None if report_to == "none" else Tracker(report_to, self.path, recipe)
         self.log = LogWriter(self.path / LOG, tracker)
+        mirror_dir, minutes = recipe.train.mirror_dir, recipe.train.mirror_minutes
+        files = (LOG, BEST, LAST)
+        self.mirror = None if mirror_dir is None else Mirror(mirror_dir, minutes, self.path, files, self.log.warn)
+        self.origin = self.path  # where `load` found the state
 
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and keeps other processes out. Raises StoryLLMError if it is in use."""
@@ -93,12 +98,14 @@ class RunFolder:
         return read_log(self.path / LOG)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest intact state, validated; None for a new run.
+        """The newest intact state, in this folder or in its mirror, validated; None for a new run.
 
         A corrupted last.pt is renamed to last.pt.corrupted and the previous version is used, with a warning. Raises
         StoryLLMError if no version is intact, if the state belongs to another recipe or other data, or if the folder
         contains files of another run.
         """
+        if self.mirror is not None:
+            self.origin = self.mirror.restore(self._position()) or self.path
         saved = self._newest_intact()
         if saved is None:
             for name in (BEST, LOG):
@@ -111,6 +118,14 @@ class RunFolder:
         self._validate(saved)
         self._check_other_files(saved)
         return saved
+
+    def _position(self) -> Position | None:
+        """How far the newest intact state in this folder is; None if there is none."""
+        for version in saved_versions(self.last):
+            with suppress(CorruptedCheckpointError, LookupError, TypeError, ValueError):
+                state = TrainState.from_dict(load_checkpoint(version)["state"])
+                return state.iteration, state.log_bytes
+        return None
 
     def _newest_intact(self) -> dict[str, Any] | None:
         corrupted: dict[Path, CorruptedCheckpointError] = {}
@@ -227,6 +242,13 @@ class RunFolder:
             },
             keep=self.recipe.train.keep_checkpoints,
         )
+        if self.mirror is not None:
+            self.mirror.copy_if_due((state.iteration, state.log_bytes))
+
+    def copy_to_mirror(self, state: TrainState) -> None:
+        """Copies the state, which was saved last, to the mirror, if any, even if this is not due yet."""
+        if self.mirror is not None:
+            self.mirror.copy((state.iteration, state.log_bytes))
 
     def save_best(self, model: GPT, iteration: int, val_loss: float) -> None:
         """Saves the model as best_model_params.pt. Raises StoryLLMError if the weights are not finite."""
