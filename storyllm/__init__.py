@@ -15,6 +15,7 @@ from .storyteller import Storyteller, load, wrap
 from .training.log import Log, read_log
 from .training.loop import train
 from .training.optimizer import lr_at
+from .training.samples import samples_table
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "prepare",
     "read_log",
     "read_stories",
+    "samples_table",
     "train",
     "verify",
     "wrap",

@@ -196,6 +196,11 @@ class TrainConfig:
     grad_clip: float = 0.5  # maximum gradient norm; 0 disables clipping
     eval_interval: int | Literal["auto"] = "auto"  # iterations between evaluations; "auto": 500, or less in a short run
     eval_windows: int = 1_024  # windows per split in an evaluation, the same ones every time
+    sample_interval: int = 0  # iterations between samples: continuations of the same prompt; 0: no samples
+    sample_prompt: str = "Once upon a time"  # the beginning of every sample
+    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # show the run in a tracker as well
+    mirror_dir: str | None = None  # folder for copies of the run, in case this machine is lost: a mounted Drive
+    mirror_minutes: float = 10.0  # minutes between copies to mirror_dir
     checkpoint_minutes: float = 2.0  # minutes between saves of last.pt
     keep_checkpoints: int = 2  # previous versions of last.pt to keep, in case it is corrupted
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # precision of matrix multiplications
@@ -231,6 +236,9 @@ class TrainConfig:
             )
         _check_range(self, 0, "learning_rate", "muon_lr_scale", exclusive=True)
         _check_range(self, 0, "min_lr", "weight_decay", "grad_clip", "warmup_iters", "checkpoint_minutes")
+        _check_range(self, 0, "sample_interval", "mirror_minutes")
+        if self.mirror_dir == "":
+            raise StoryLLMError("mirror_dir is '', must be a folder or None")
         _check_range(self, 0, "keep_checkpoints", high=1_000)
         _check_range(self, 0, "seed", high=2**63 - 1)  # the largest seed of PyTorch's generators
         _check_range(self, 0, "warmup_start_factor", "decay_fraction", high=1)

@@ -82,24 +82,31 @@ class DeviceConfig:
 def resolve_device(name: str = "auto") -> torch.device:
     """The device with that name; "auto" prefers CUDA, then MPS, then the CPU.
 
-    Raises StoryLLMError if the device is not available.
+    Raises StoryLLMError if the device is not available, or if it is a CUDA GPU that this PyTorch cannot use.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if _is_available("mps") else "cpu")
-    if not _is_available(name):
+        name = "cuda" if torch.cuda.is_available() else "mps" if _problem("mps") is None else "cpu"
+    if problem := _problem(name):
+        if name.startswith("cuda") and torch.cuda.is_available():  # an old GPU is available, too
+            raise StoryLLMError(
+                f"the GPU {torch.cuda.get_device_name()} failed a test ({problem}); choose another GPU (on Kaggle: "
+                "GPU T4 x2), or the CPU (--train.device cpu)"
+            )
         raise StoryLLMError(f"device {name!r} is not available on this machine; use 'auto' or 'cpu'")
     return torch.device(name)
 
 
-def _is_available(name: str) -> bool:
+def _problem(name: str) -> str | None:
+    """Why the device does not compute, in one line; None if it does."""
     if name == "mps" and not torch.backends.mps.is_available():
-        return False
+        return "no MPS"
     try:
-        return bool((torch.ones(2, dtype=torch.float32, device=name) + 1).sum() == 4)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError):
-        return False  # unknown name, not compiled in, or no such device
+        result = (torch.ones(2, dtype=torch.float32, device=name) + 1).sum()
+        return None if result == 4 else f"1 + 1 is {result / 2}"
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
+        return (
+            " ".join(str(error).split())[:100] or type(error).__name__
+        )  # unknown name, not compiled in, no such device
 
 
 def resolve_device_config(train: TrainConfig, model: GPTConfig) -> DeviceConfig:

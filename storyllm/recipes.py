@@ -57,6 +57,7 @@ _DEMO = Recipe(
         grad_clip=1.0,
         eval_interval=100,
         eval_windows=32,
+        sample_interval=600,
     ),
 )
 
@@ -74,7 +75,9 @@ RECIPES: dict[str, Recipe] = {
     # From nothing to a readable story within a few minutes on two CPU cores, without a network connection.
     "demo": _DEMO,
     # The model and data of `demo` with the settings of `fast` and a third of the tokens.
-    "demo-fast": dataclasses.replace(_DEMO, train=dataclasses.replace(_FAST.train, max_iters=1_200, batch_size=4)),
+    "demo-fast": dataclasses.replace(
+        _DEMO, train=dataclasses.replace(_FAST.train, max_iters=1_200, batch_size=4, sample_interval=200)
+    ),
     # The specification's future work: longer contexts with the same tokens per iteration, and GPT-2's smallest size.
     "context-512": _FAITHFUL.override({"model.block_size": 512, "train.batch_size": 8}),
     "context-1024": _FAITHFUL.override({"model.block_size": 1024, "train.batch_size": 4}),

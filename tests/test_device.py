@@ -30,11 +30,22 @@ OLD = types.SimpleNamespace(name="Tesla P100-PCIE-16GB", capability=(6, 0), tota
 FAITHFUL = RECIPES["faithful"]
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[types.SimpleNamespace], None]:
-    """Makes PyTorch report the given GPU."""
+# What PyTorch raises on a GPU that is too old for its kernels.
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might be ..."
 
-    def report(card: types.SimpleNamespace) -> None:
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes PyTorch report the given GPU, on which kernels run on the CPU, or raise an error."""
+    ones = torch.ones
+
+    def report(card: types.SimpleNamespace, error: str = "") -> None:
+        def ones_on_the_cpu(*size: int, device: object = None, **options: object) -> torch.Tensor:
+            if error and str(device).startswith("cuda"):
+                raise RuntimeError(error)
+            return ones(*size, **options)
+
+        monkeypatch.setattr(torch, "ones", ones_on_the_cpu)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)  # on a T4, too: emulated
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card.name)
@@ -58,10 +69,25 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"), [(True, True, "cuda"), (True, False, "cuda"), (False, False, "cpu")]
 )
-def test_auto_prefers_cuda(monkeypatch, cuda, mps, expected):
+def test_auto_prefers_cuda(gpu, monkeypatch, cuda, mps, expected):
+    if cuda:
+        gpu(T4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert resolve_device("auto") == resolve_device() == torch.device(expected)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
+def test_a_gpu_that_is_too_old_is_rejected_with_what_to_choose(gpu, name):
+    gpu(OLD, error=NO_KERNEL)
+    with pytest.raises(StoryLLMError, match=r"the GPU Tesla P100.*\(CUDA error: no kernel image.*T4 x2.*device cpu"):
+        resolve_device_config(TrainConfig(device=name), GPTConfig())
+    assert resolve_device_config(TrainConfig(device="cpu"), GPTConfig()).name == "CPU"
+
+
+def test_a_gpu_that_computes_is_used_whatever_its_age(gpu):
+    gpu(OLD)
+    assert resolve_device_config(TrainConfig(), GPTConfig()).name == OLD.name
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "meta!", "xpu", "cpu:x"])

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -165,10 +166,26 @@ def test_every_page_of_the_documentation_is_linked_from_the_readme():
 
 
 def test_the_repository_has_one_address():
-    address = re.search(r"^REPOSITORY=https://github\.com/(\S+)$", PAGES["README.md"], re.MULTILINE)[1]
+    """That of pyproject.toml. Other mentions of it, as in the badges, agree."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    address = urls["Repository"].removeprefix("https://github.com/")
+    others = [
+        *PAGES.values(),
+        (ROOT / "CITATION.cff").read_text(),
+        (ROOT / "StoryLLM.ipynb").read_text(),
+        *urls.values(),
+    ]
+    hosts = r"github\.com|colab\.research\.google\.com/github|raw\.githubusercontent\.com"
+    found = re.findall(rf"(?:{hosts})/([\w.-]+/[\w-]+)", "\n".join(others))
+    assert len(found) > 5
+    assert {name for name in found if name.endswith("/storyllm")} == {address}
+    assert f"REPOSITORY=https://github.com/{address}\n" in PAGES["README.md"]
+    notebook = f"github.com/{address}/blob/main/StoryLLM.ipynb"
     for link in links("README.md"):
-        if re.match(r"https://(github\.com|colab\.research\.google\.com)/", link):
-            assert f"/{address}/" in link
+        if link.startswith("https://colab.research.google.com/"):
+            assert link == f"https://colab.research.google.com/{notebook.replace('.com', '')}"
+        if link.startswith("https://kaggle.com/kernels/"):
+            assert link == f"https://kaggle.com/kernels/welcome?src=https://{notebook}"
         if workflow := re.search(r"/actions/(workflows/\w+\.yml)", link):
             assert (ROOT / ".github" / workflow[1]).is_file()
 

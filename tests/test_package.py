@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from helpers import environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import storyllm
 from storyllm.openmp import SPIN_COUNT
@@ -26,15 +29,27 @@ data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint storyteller
 evaluation.likelihood
-training.muon training.optimizer training.interrupt training.log training.execution training.progress
-training.run_folder training.loop
+training.muon training.optimizer training.interrupt training.trackers training.log training.mirror training.execution
+training.progress training.run_folder training.samples training.loop
 plots.style plots.loss_curves plots.architecture
 __init__ cli __main__
 """.split()
 FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name))
 
 # Imported only where they are used, because each takes up to a second or is optional.
-LAZY = {"datasets", "matplotlib", "pyarrow", "pandas", "transformers", "tokenizers", "tyro", "IPython"}
+LAZY = {
+    "datasets",
+    "matplotlib",
+    "pyarrow",
+    "pandas",
+    "transformers",
+    "tokenizers",
+    "tyro",
+    "IPython",
+    "tensorboard",
+    "wandb",
+    "trackio",
+}
 
 
 def parse(module: str) -> ast.Module:
@@ -161,6 +176,18 @@ def test_the_version_is_defined_once():
     assert "version" in project["project"]["dynamic"] and "version" not in project["project"]
     assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "storyllm.__version__"}
     assert storyllm.__version__ == importlib.metadata.version("storyllm")
+
+
+def test_the_versions_on_colab_are_kept():
+    """Installing the package there must not replace what is preinstalled."""
+    lines = (PACKAGE.parent / "tests/colab-constraints.txt").read_text(encoding="utf-8").splitlines()
+    colab = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    requirements = {r.name: r.specifier for r in map(Requirement, required) if r.name in colab}
+    assert {"torch", "datasets", "pyarrow", "tokenizers", "tqdm"} <= set(requirements)
+    assert [name for name, specifier in requirements.items() if colab[name] not in specifier] == []
+    assert Version("3.13") in SpecifierSet(project["requires-python"])
 
 
 def test_import_is_silent_and_imports_no_large_library():

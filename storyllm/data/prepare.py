@@ -28,6 +28,14 @@ from .tokenizer import gpt2_tokenizer, tokenizer_from_dict, tokenizer_hash, toke
 BATCH_CHARACTERS = 1 << 20  # characters of text that one thread tokenizes in one call
 
 
+class ProgressBar(tqdm):
+    """A progress bar. If its output cannot be written, the error is raised once, without a traceback at the end."""
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):  # before tqdm 4.69.1, a bar whose constructor fails has no attributes
+            super().__del__()
+
+
 def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> PreparedData:
     """Tokenizes both splits into `out_dir`: a `.bin` and a `.json` for each, and the vocabulary.
 
@@ -121,7 +129,7 @@ def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) ->
     if data.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
     else:
-        with tqdm(desc="vocabulary", unit=" stories", file=sys.stdout) as bar:
+        with ProgressBar(desc="vocabulary", unit=" stories", file=sys.stdout) as bar:
             tokenizer = train_bpe(_texts(read_pieces(data, "train"), bar), int(data.tokenizer.removeprefix("bpe:")))
     write_json(path, {**tokenizer_to_dict(tokenizer), "request": request})
     return tokenizer
@@ -141,7 +149,7 @@ def _write_split(
     num_stories = num_tokens = num_bytes = 0
     digest = hashlib.sha256()
     pieces = read_pieces(data, split)  # raises before the file is created
-    with atomic_write(path) as file, tqdm(desc=split, unit=" stories", file=sys.stdout) as bar:
+    with atomic_write(path) as file, ProgressBar(desc=split, unit=" stories", file=sys.stdout) as bar:
         for batch in encoded_batches(pieces, tokenizer):
             encoded = batch.ids.tobytes()
             file.write(encoded)

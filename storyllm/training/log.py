@@ -3,6 +3,7 @@
 {"event": "run", "recipe": {...}, "versions": {...}, "device": "CPU", "git_revision": "...", ...}     at each start
 {"event": "update", "iteration": 32, "train_loss": 10.8, "learning_rate": 4e-05, "grad_norm": 2.1, ...}
 {"event": "evaluation", "iteration": 500, "train_loss": 9.43, "val_loss": 9.44, "val_bits_per_byte": 3.35, ...}
+{"event": "sample", "iteration": 600, "prompt": "Once upon a time", "text": "Once upon a time, there was a little..."}
 {"event": "warning", "iteration": 500, "message": "out of memory with micro-batch size 32, retrying with 16"}
 
 Each line ends with a CRC-32 of the file up to that line, which reveals changed, deleted, repeated and moved lines,
@@ -20,18 +21,21 @@ import subprocess
 import time
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from ..config import Recipe, StoryLLMError
 from ..files import fsync, os_error
+from .trackers import Tracker
 
 # The numbers that an entry must contain.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "run": (),
     "update": ("iteration", "learning_rate"),
     "evaluation": ("iteration", "train_loss", "val_loss", "val_bits_per_byte"),
+    "sample": ("iteration",),
     "warning": ("iteration",),
 }
 
@@ -43,6 +47,7 @@ class Log:
     run: dict[str, Any] = field(default_factory=dict)  # the last "run" entry: recipe, versions, device
     updates: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[dict[str, Any]] = field(default_factory=list)
     interrupted: int = 0  # from `train`: the signal that interrupted it (2: SIGINT, 15: SIGTERM), 0 if it completed
 
@@ -52,7 +57,18 @@ def read_log(path: str | Path, size: int | None = None) -> Log:
 
     A last line without a newline is ignored: the process was killed while writing it.
     """
-    path = Path(path)
+    log = Log()
+    lists = {"update": log.updates, "evaluation": log.evaluations, "sample": log.samples, "warning": log.warnings}
+    for entry in _entries(Path(path), size):
+        if entry["event"] == "run":
+            log.run = entry
+        else:
+            lists[entry["event"]].append(entry)
+    return log
+
+
+def _entries(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
+    """The entries of a `log.jsonl`, or of its first `size` bytes."""
     if not path.is_file():
         raise StoryLLMError(f"log {path} not found; train a model first, or pass the log.jsonl of a run")
     try:
@@ -60,23 +76,18 @@ def read_log(path: str | Path, size: int | None = None) -> Log:
             *lines, _incomplete = file.read(-1 if size is None else size).split(b"\n")
     except OSError as error:
         raise os_error("read", path, error) from error
-    log, crc = Log(), 0  # of the lines so far
+    crc = 0  # of the lines so far
     for number, line in enumerate(lines, 1):
         line = line.removesuffix(b"\r")
         try:
             entry = _parse_line(line, crc)
-            if entry["event"] == "run":
-                log.run = entry
-            else:
-                lists = {"update": log.updates, "evaluation": log.evaluations, "warning": log.warnings}
-                lists[entry["event"]].append(entry)
         except (StoryLLMError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoryLLMError(
                 f"{path} line {number} is corrupted, out of order or not from a StoryLLM log; restore the file from a "
                 "copy, or move it away"
             ) from error
         crc = zlib.crc32(line + b"\n", crc)
-    return log
+        yield entry
 
 
 def _parse_line(line: bytes, crc: int) -> dict[str, Any]:
@@ -92,16 +103,22 @@ def _parse_line(line: bytes, crc: int) -> dict[str, Any]:
     for name, value in entry.items():
         if isinstance(value, (int, float)) and not abs(value) < 2**63:  # also rejects NaN
             raise ValueError(f"{name} is {value}")
+    if entry["event"] == "sample" and type(entry["text"]) is not str:
+        raise TypeError(f"text is {entry['text']}")
     if entry["event"] == "run":
         Recipe.from_dict(entry.get("recipe", {}))
     return entry
 
 
 class LogWriter:
-    """Appends entries to a `log.jsonl`, once it is open. Raises StoryLLMError if the file cannot be written."""
+    """Appends entries to a `log.jsonl`, once it is open, and passes them on to the tracker, if any.
 
-    def __init__(self, path: Path) -> None:
+    Raises StoryLLMError if the file cannot be written.
+    """
+
+    def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
         self.path = path
+        self.tracker = tracker
         self.file: IO[bytes] | None = None
         self._crc = 0  # of the file so far
         self._warnings: list[str] = []
@@ -115,6 +132,8 @@ class LogWriter:
             self._crc = zlib.crc32(self.file.read().replace(b"\r\n", b"\n"))  # as `read_log` reads it
         except OSError as error:
             raise os_error("write", self.path, error) from error
+        if self.tracker is not None:
+            self.tracker.start(list(_entries(self.path)), self.warn)
         return self
 
     def __enter__(self) -> LogWriter:
@@ -124,6 +143,8 @@ class LogWriter:
         if self.file is not None:
             self.file.close()
             self.file = None
+        if self.tracker is not None:
+            self.tracker.close()
 
     def warn(self, message: str) -> None:
         """Issues a Python warning, and logs it after the next entry. Works before the file is open."""
@@ -133,6 +154,8 @@ class LogWriter:
     def write(self, entry: dict[str, Any]) -> None:
         """Appends an entry, unbuffered, and then any warnings, with the entry's iteration."""
         self._append(entry)
+        if self.tracker is not None:
+            self.tracker.log(entry)
         while self._warnings:
             self._append({"event": "warning", "iteration": entry["iteration"], "message": self._warnings.pop(0)})
 

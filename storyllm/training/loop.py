@@ -30,6 +30,7 @@ from .log import Log, describe_environment
 from .optimizer import lr_at, make_optimizer
 from .progress import Progress
 from .run_folder import RunFolder, TrainState
+from .samples import sample_if_due
 
 
 def train_step(
@@ -102,7 +103,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
             )
             return folder.read_log()
         if saved:
-            progress.print(f"resuming at iteration {state.iteration:,}")
+            progress.print(f"resuming at iteration {state.iteration:,} from {printable(str(folder.origin))}")
         progress.print(f"{model.num_parameters():,} parameters\n{execution.device.description}")
 
         eval_windows = evaluation_windows(data, model_config.block_size, config)
@@ -111,10 +112,10 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
         if not saved:  # from here on, the folder belongs to this run
             folder.save(state, model, execution)
 
-        last_save = time.monotonic()
-        run_start = time.monotonic() - state.seconds
         with progress, folder.log.open(state.log_bytes) as log:  # truncated to what the saved state knows
             log.write({"event": "run", "iteration": state.iteration, **describe_run(recipe, data, model, execution)})
+            last_save = time.monotonic()
+            run_start = time.monotonic() - state.seconds
 
             def evaluate_at(iteration: int) -> None:
                 """Evaluates the current weights, and keeps them if they are the best so far."""
@@ -138,6 +139,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
 
                     for iteration in evaluations_due(state, next_iteration, config):
                         evaluate_at(iteration)
+                    sample_if_due(state, next_iteration, model, folder, progress)
                     if next_iteration > config.last_iteration or state.iteration == config.max_iters:
                         break
 
@@ -185,6 +187,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
                     folder.save(state, model, execution)
             else:
                 folder.save(state, model, execution)
+            folder.copy_to_mirror(state)
     interrupted = interrupt.requested if state.last_evaluation < config.last_iteration else 0
     return dataclasses.replace(folder.read_log(), interrupted=interrupted)
 
@@ -194,11 +197,7 @@ def evaluations_due(state: TrainState, next_iteration: int, config: TrainConfig)
 
     An evaluation that falls within an update sees the weights before it.
     """
-    first = max(state.iteration, state.last_evaluation + 1)
-    stop = config.last_iteration + 1
-    if state.iteration < config.max_iters:
-        stop = min(next_iteration, stop)
-    return [i for i in range(first, stop) if i % config.resolved_eval_interval == 0 or i == config.last_iteration]
+    return state.due(config.resolved_eval_interval, state.last_evaluation, next_iteration, config)
 
 
 def estimate_loss(

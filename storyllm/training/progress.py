@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import GPTConfig, Recipe
+from ..data.prepare import ProgressBar
 from ..device import flops_per_token
 
 LONG_RUN = 4 * 3_600  # seconds; longer runs come with a hint
@@ -23,7 +24,7 @@ class Progress:
         self.recipe = recipe
         self.peak_flops = peak_flops  # of the device, if known
         self.iteration = iteration  # where the bar starts
-        self.bar: tqdm | None = None
+        self.bar: ProgressBar | None = None
         self.windows = 0
         self.training_seconds = 0.0
         self.evaluations = 0
@@ -31,7 +32,9 @@ class Progress:
 
     def __enter__(self) -> Progress:
         total = self.recipe.train.last_iteration
-        self.bar = tqdm(total=total, initial=self.iteration, bar_format=BAR_FORMAT, mininterval=0.5, file=sys.stdout)
+        self.bar = ProgressBar(
+            total=total, initial=self.iteration, bar_format=BAR_FORMAT, mininterval=0.5, file=sys.stdout
+        )
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,27 +6,30 @@ import dataclasses
 import math
 import os
 import re
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CorruptedCheckpointError, check_tied, load_checkpoint, model_contents, save_checkpoint
-from ..config import Recipe, StoryLLMError
+from ..config import Recipe, StoryLLMError, TrainConfig
 from ..data.token_file import Dataset
 from ..files import earlier_version, lock_folder
 from ..model.gpt import GPT
 from .execution import Execution
 from .log import Log, LogWriter, read_log
+from .mirror import Mirror, Position
 from .optimizer import load_optimizer_state, lr_at
+from .trackers import Tracker
 
 BEST = "best_model_params.pt"
 LAST = "last.pt"
 LOG = "log.jsonl"
 
-# Settings that may change when a run resumes: how long it runs and on what, not what it learns.
+# Settings that may change when a run resumes: how long it runs and on what, and what is reported, not what it learns.
 RESUMABLE_CHANGES = frozenset(
-    "max_iters stop_at eval_interval micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile".split()
+    "max_iters stop_at eval_interval micro_batch_size checkpoint_minutes keep_checkpoints dtype device compile "
+    "sample_interval sample_prompt report_to mirror_dir mirror_minutes".split()
 )
 
 
@@ -36,6 +39,7 @@ class TrainState:
 
     iteration: int = 0  # batches processed, always a whole number of updates
     last_evaluation: int = -1  # iteration of the last evaluation
+    last_sample: int = -1  # iteration of the last sample
     best_val_loss: float = math.inf
     seconds: float = 0.0  # training time over all sessions
     log_bytes: int = 0  # size of log.jsonl when this state was saved
@@ -54,16 +58,36 @@ class TrainState:
                 raise ValueError(f"{name} is out of range")
         return cls(**values)
 
+    def due(self, interval: int, last: int, next_iteration: int, config: TrainConfig) -> list[int]:
+        """The iterations after `last`, multiples of `interval` or the end, that see the current weights.
+
+        Those are the ones before `next_iteration`, at which the next update ends.
+        """
+        first = max(self.iteration, last + 1)
+        stop = config.last_iteration + 1
+        if self.iteration < config.max_iters:
+            stop = min(next_iteration, stop)
+        return [i for i in range(first, stop) if i % interval == 0 or i == config.last_iteration]
+
 
 class RunFolder:
-    """The checkpoint folder of a run of `recipe` on `data`."""
+    """The checkpoint folder of a run of `recipe` on `data`.
+
+    Raises StoryLLMError if the package that `report_to` needs is not installed, or if `mirror_dir` cannot be used.
+    """
 
     def __init__(self, path: str | Path, recipe: Recipe, data: Dataset) -> None:
         self.path = Path(path)
         self.recipe = recipe
         self.data = data
         self.last = self.path / LAST
-        self.log = LogWriter(self.path / LOG)
+        report_to = recipe.train.report_to
+        tracker = None if report_to == "none" else Tracker(report_to, self.path, recipe)
+        self.log = LogWriter(self.path / LOG, tracker)
+        mirror_dir, minutes = recipe.train.mirror_dir, recipe.train.mirror_minutes
+        files = (LOG, BEST, LAST)
+        self.mirror = None if mirror_dir is None else Mirror(mirror_dir, minutes, self.path, files, self.log.warn)
+        self.origin = self.path  # where `load` found the state
 
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and keeps other processes out. Raises StoryLLMError if it is in use."""
@@ -74,12 +98,14 @@ class RunFolder:
         return read_log(self.path / LOG)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest intact state, validated; None for a new run.
+        """The newest intact state, in this folder or in its mirror, validated; None for a new run.
 
         A corrupted last.pt is renamed to last.pt.corrupted and the previous version is used, with a warning. Raises
         StoryLLMError if no version is intact, if the state belongs to another recipe or other data, or if the folder
         contains files of another run.
         """
+        if self.mirror is not None:
+            self.origin = self.mirror.restore(self._position()) or self.path
         saved = self._newest_intact()
         if saved is None:
             for name in (BEST, LOG):
@@ -92,6 +118,14 @@ class RunFolder:
         self._validate(saved)
         self._check_other_files(saved)
         return saved
+
+    def _position(self) -> Position | None:
+        """How far the newest intact state in this folder is; None if there is none."""
+        for version in saved_versions(self.last):
+            with suppress(CorruptedCheckpointError, LookupError, TypeError, ValueError):
+                state = TrainState.from_dict(load_checkpoint(version)["state"])
+                return state.iteration, state.log_bytes
+        return None
 
     def _newest_intact(self) -> dict[str, Any] | None:
         corrupted: dict[Path, CorruptedCheckpointError] = {}
@@ -194,7 +228,7 @@ class RunFolder:
     def save(self, state: TrainState, model: GPT, execution: Execution) -> None:
         """Saves everything needed to resume as last.pt. Raises StoryLLMError if the weights are not finite."""
         state.log_bytes = self.log.sync()  # first, so that a saved state never refers to lost log entries
-        self._check_finite(model, state.iteration)
+        self.check_finite(model, state.iteration)
         save_checkpoint(
             self.last,
             {
@@ -208,14 +242,21 @@ class RunFolder:
             },
             keep=self.recipe.train.keep_checkpoints,
         )
+        if self.mirror is not None:
+            self.mirror.copy_if_due((state.iteration, state.log_bytes))
+
+    def copy_to_mirror(self, state: TrainState) -> None:
+        """Copies the state, which was saved last, to the mirror, if any, even if this is not due yet."""
+        if self.mirror is not None:
+            self.mirror.copy((state.iteration, state.log_bytes))
 
     def save_best(self, model: GPT, iteration: int, val_loss: float) -> None:
         """Saves the model as best_model_params.pt. Raises StoryLLMError if the weights are not finite."""
-        self._check_finite(model, iteration)
+        self.check_finite(model, iteration)
         contents = model_contents(model, self.data.tokenizer, self.recipe)
         save_checkpoint(self.path / BEST, {**contents, "iteration": iteration, "val_loss": val_loss})
 
-    def _check_finite(self, model: GPT, iteration: int) -> None:
+    def check_finite(self, model: GPT, iteration: int) -> None:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise self.diverged("the weights contain NaN or infinity", iteration)
 

@@ -84,6 +84,7 @@ def test_a_last_line_without_newline_is_ignored(path, incomplete):
     [
         *(b"hello", b"", b"{", b"[1]", b"null", b"3", b'"event"', b'{"a": 1}', b"\xff\xfe", b"\x00", b"[" * 100_000),
         *(b'{"event": "checkout", "basket": 3}', b'{"event": ["update"]}', b'{"event": null}'),
+        *(b'{"event": "sample", "iteration": 5}', b'{"event": "sample", "iteration": 5, "text": ["One"]}'),
         b'{"event": "run", "recipe": {"train": {"max_iters": -1}}}',
     ],
 )

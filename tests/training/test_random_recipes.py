@@ -64,6 +64,11 @@ VALUES = {
     "train.grad_clip": st.floats(0, 1),
     "train.eval_interval": st.integers(1, 10),
     "train.eval_windows": st.integers(1, 5),
+    "train.sample_interval": st.integers(0, 10),
+    "train.sample_prompt": st.text(max_size=30),
+    "train.report_to": st.just("none"),  # the others are optional packages
+    "train.mirror_dir": st.none(),
+    "train.mirror_minutes": st.sampled_from([0.0, 10.0]),
     "train.checkpoint_minutes": st.sampled_from([0.0, 2.0]),
     "train.keep_checkpoints": st.integers(0, 2),
     "train.dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
@@ -190,6 +195,11 @@ EFFECTS = {
     "train.grad_clip": (0.4, "changed"),
     "train.eval_interval": (2, "same"),
     "train.eval_windows": (4, "same"),
+    "train.sample_interval": (2, "same"),
+    "train.sample_prompt": ("One day", "same"),
+    "train.report_to": ("tensorboard", "same"),
+    "train.mirror_dir": ("mirror", "same"),
+    "train.mirror_minutes": (0.0, "same"),
     "train.checkpoint_minutes": (0.0, "same"),
     "train.keep_checkpoints": (0, "same"),
     "train.dtype": ("bfloat16", "changed"),
@@ -219,8 +229,11 @@ def test_the_effect_of_every_field_is_known():
 
 
 @pytest.mark.parametrize("name", EFFECTS)
-def test_a_field_has_its_effect_and_no_other(name, outcome):
+def test_a_field_has_its_effect_and_no_other(name, outcome, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for the relative path of mirror_dir
     value, effect = EFFECTS[name]
+    if value == "tensorboard":
+        pytest.importorskip("tensorboard")
     # Dropout depends on how a batch is split.
     base = BASE.override({"model.dropout": 0.0}) if effect == "rounding" else BASE
     changed = base.override({name: value})
