@@ -29,6 +29,7 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "model.position_std": (0.1, [-0.1, math.nan]),
     "model.final_norm_gain": (0.1, [-1.0, math.inf]),
     "model.copy_strength": (0.3, [-0.3, math.nan]),
+    "model.activation": ("gelu_tanh", ["GELU", "gelu_new", "relu", "", None]),
     "model.flash_attention": (False, [0, "yes"]),
     "model.gradient_checkpointing": (True, [1, "yes"]),
     "data.source": ("stories.txt", ["", None, 3, b"stories.txt"]),
