@@ -102,7 +102,7 @@ class Generate:
     prompt: Annotated[
         Positional[str], arg(metavar="[PROMPT]", help="beginning of the story; without it, the model chooses one")
     ] = ""
-    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or its folder
+    checkpoint: Path = Path("checkpoints") / BEST  # a model file, a run's or Hugging Face folder, or OWNER/NAME (Hub)
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # maximum length in tokens, not counting the prompt
     temperature: float = 1.0  # 0 is greedy decoding; higher is more random
     top_k: int | None = None  # sample only from the k most likely tokens
@@ -115,7 +115,7 @@ class Generate:
     def run(self) -> int:
         if self.num_stories < 1:
             raise StoryLLMError(f"num_stories is {self.num_stories}, must be at least 1")
-        storyteller = load(_file_in(self.checkpoint, BEST), self.device, self.weights)
+        storyteller = load(self.checkpoint, self.device, self.weights)
         sampling: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -141,12 +141,12 @@ class Generate:
 class Evaluate:
     """Print a model's loss, perplexity and bits per byte over a complete .bin file."""
 
-    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or its folder
+    checkpoint: Path = Path("checkpoints") / BEST  # a model file, a run's or Hugging Face folder, or OWNER/NAME (Hub)
     data: Path = Path("data/validation.bin")  # .bin prepared with the model's tokenizer, or its folder
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
 
     def run(self) -> int:
-        storyteller = load(_file_in(self.checkpoint, BEST), self.device)
+        storyteller = load(self.checkpoint, self.device)
         report = evaluate(storyteller, _file_in(self.data, "validation.bin"))
         print(f"loss           {report.loss:.4f} nats per token ({report.tokens:,} tokens)")
         print(f"perplexity     {report.perplexity:.2f}")

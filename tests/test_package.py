@@ -21,10 +21,10 @@ PACKAGE = Path(storyllm.__file__).parent
 # The modules in the order in which a reader follows the data. A module imports only from modules above it.
 ORDER = """
 openmp config recipes files device
-data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer data.token_file data.prepare
-data.windows
+data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer data.tokenizer_json
+data.token_file data.prepare data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
-checkpoint storyteller
+checkpoint importing storyteller
 evaluation.likelihood
 training.optimizer training.interrupt training.log training.execution training.progress
 training.run_folder training.loop
@@ -35,6 +35,7 @@ FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name
 
 # Imported only where they are used, because each takes up to a second or is optional.
 LAZY = {"datasets", "matplotlib", "pyarrow", "pandas", "transformers", "tokenizers", "tyro", "IPython"}
+LAZY |= {"huggingface_hub", "safetensors", "gguf"}
 
 
 def parse(module: str) -> ast.Module:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CorruptedCheckpointError, check_tied, load_checkpoint, model_contents, save_checkpoint
+from ..checkpoint import BEST, CorruptedCheckpointError, check_tied, load_checkpoint, model_contents, save_checkpoint
 from ..config import Recipe, StoryLLMError
 from ..data.token_file import Dataset
 from ..files import earlier_version, lock_folder
@@ -20,7 +20,6 @@ from .execution import Execution
 from .log import Log, LogWriter, read_log
 from .optimizer import load_optimizer_state, lr_at
 
-BEST = "best_model_params.pt"
 LAST = "last.pt"
 LOG = "log.jsonl"
 
