@@ -23,6 +23,8 @@ from .data.prepare import prepare
 from .data.token_file import verify
 from .device import is_out_of_memory
 from .evaluation.likelihood import evaluate
+from .export.gguf_file import export_gguf
+from .export.hugging_face import check_hub_name, export_hugging_face, push_to_hub
 from .files import os_error
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
@@ -174,6 +176,32 @@ class Plot:
         return 0
 
 
+@dataclass
+class Export:
+    """Export a model for other programs: a folder for transformers and the Hub, or a file for llama.cpp."""
+
+    checkpoint: Path = Path("checkpoints") / BEST  # a model file, a run's or Hugging Face folder, or OWNER/NAME (Hub)
+    to: Path = Path("export")  # output folder; for "gguf" a file that ends in .gguf
+    format: Literal["hf", "gguf"] = "hf"  # "hf": a folder in Hugging Face's format; "gguf": a file for llama.cpp
+    push: str | None = None  # upload the folder to this repository on the Hub, OWNER/NAME
+    overwrite: bool = False  # replace an earlier export
+
+    def run(self) -> int:
+        if self.format == "gguf":
+            if self.push is not None:
+                raise StoryLLMError("push uploads a folder in Hugging Face's format; omit --format gguf")
+            export_gguf(self.checkpoint, self.to, self.overwrite)
+        else:
+            if self.push is not None:
+                check_hub_name(self.push)
+            export_hugging_face(self.checkpoint, self.to, self.overwrite, name=self.push or "")
+        print(printable(str(self.to)))
+        if self.push is not None:
+            push_to_hub(self.to, self.push)
+            print(f"https://huggingface.co/{self.push}")
+        return 0
+
+
 DESCRIPTION = """Train a small GPT from scratch to write children's stories.
 
 Example:
@@ -238,6 +266,7 @@ def _run(arguments: list[str]) -> int:
         "generate": Generate(),
         "evaluate": Evaluate(),
         "plot": Plot(),
+        "export": Export(),
     }
     descriptions = {name: str(command.__doc__) for name, command in commands.items()}
     command = tyro.extras.subcommand_type_from_defaults(commands, descriptions)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tiktoken
 import torch
@@ -24,7 +24,7 @@ from .model.gpt import GPT
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 # Names of activations in transformers -> GPTConfig.activation.
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS: dict[str, Any] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # Options of transformers' GPT2Config that change what it computes: their default, the only value that is supported.
 OPTIONS: dict[str, Any] = {
@@ -42,8 +42,16 @@ FORMATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_JSON = 2**26  # bytes; GPT-2's tokenizer.json has 1.4 to 4 MB
 
 
-def load_model(source: str | Path) -> tuple[GPT, tiktoken.Encoding]:
-    """The model (on the CPU, in evaluation mode, float32) and the tokenizer in one of these:
+class ModelFile(NamedTuple):
+    """What `load_model` read."""
+
+    model: GPT  # on the CPU, in evaluation mode, with float32 weights
+    tokenizer: tiktoken.Encoding
+    contents: dict[str, Any]  # of a StoryLLM checkpoint; empty for a model of another program
+
+
+def load_model(source: str | Path) -> ModelFile:
+    """The model and the tokenizer in one of these:
 
     - a checkpoint of StoryLLM, or the folder of a run, which stands for its best model;
     - a folder with a GPT-2 model in Hugging Face's format: config.json, model.safetensors and tokenizer.json;
@@ -65,7 +73,7 @@ def load_model(source: str | Path) -> tuple[GPT, tiktoken.Encoding]:
         return _nanogpt_model(contents, path)
     check_format(contents, path)
     model, tokenizer, _ = restore_model(contents, path)
-    return model, tokenizer
+    return ModelFile(model, tokenizer, contents)
 
 
 def _is_hub_name(path: Path) -> bool:
@@ -97,7 +105,7 @@ def missing_extra(purpose: str, package: str, extra: str) -> StoryLLMError:
 # Hugging Face
 
 
-def _hugging_face_model(folder: Path) -> tuple[GPT, tiktoken.Encoding]:
+def _hugging_face_model(folder: Path) -> ModelFile:
     """The model in a folder in Hugging Face's format."""
     config = _gpt_config(_read_json(folder / CONFIG), folder / CONFIG)
     contents = _read_json(folder / TOKENIZER)
@@ -116,19 +124,19 @@ def _hugging_face_model(folder: Path) -> tuple[GPT, tiktoken.Encoding]:
             name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
             weights[name] = (weight.t().contiguous() if name.endswith(TRANSPOSED) else weight).float()
         weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])  # tied weights are stored once
-        return _without_padding(config, weights, tokenizer), tokenizer
+        return ModelFile(_without_padding(config, weights, tokenizer), tokenizer, {})
 
 
 def _gpt_config(values: Any, path: Path) -> GPTConfig:
-    """The GPTConfig for the contents of a config.json. Raises StoryLLMError for what StoryLLM's GPT does not compute."""
+    """The GPTConfig for the contents of a config.json. Raises StoryLLMError for what GPT does not compute."""
     if not isinstance(values, dict):
         raise StoryLLMError(f"{path} is not a JSON object, must be a model's configuration; pass another model")
     if "auto_map" in values:
         raise StoryLLMError(f"{path} has auto_map, code that would have to be executed; StoryLLM never runs it")
     architectures = values.get("architectures") or ["GPT2LMHeadModel"]
     if values.get("model_type") != "gpt2" or architectures != ["GPT2LMHeadModel"]:
-        found = f"{shown(values.get('model_type'))} ({shown(architectures)})"
-        raise StoryLLMError(f"{path} is of the architecture {found}, must be 'gpt2' (['GPT2LMHeadModel'])")
+        found = f"{values.get('model_type')!r} with architectures {architectures!r}"[:200]
+        raise StoryLLMError(f"{path} is of type {found}, must be 'gpt2' with ['GPT2LMHeadModel']; pass another model")
     for name, default in OPTIONS.items():
         if (found := values.get(name, default)) != default:
             raise StoryLLMError(f"{path}: {name} is {shown(found)}, must be {default}; pass another model")
@@ -137,13 +145,10 @@ def _gpt_config(values: Any, path: Path) -> GPTConfig:
         raise StoryLLMError(
             f"{path}: activation_function is {shown(activation)}, must be one of {', '.join(ACTIVATIONS)}"
         )
+    fields: dict[str, Any] = {name: values.get(name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    fields |= {"block_size": values.get("n_positions"), "dropout": values.get("resid_pdrop", 0.1)}
     try:
-        config = GPTConfig(
-            **{name: values.get(name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-            block_size=values.get("n_positions"),
-            dropout=values.get("resid_pdrop", 0.1),
-            activation=ACTIVATIONS[activation],
-        )
+        config = GPTConfig(**fields, activation=ACTIVATIONS[activation])
     except StoryLLMError as error:
         raise StoryLLMError(f"{path}: {error}") from error
     if (n_inner := values.get("n_inner")) not in (None, 4 * config.n_embd):
@@ -202,7 +207,7 @@ def _without_padding(config: GPTConfig, weights: dict[str, Tensor], tokenizer: t
 # nanoGPT
 
 
-def _nanogpt_model(contents: dict[str, Any], path: Path) -> tuple[GPT, tiktoken.Encoding]:
+def _nanogpt_model(contents: dict[str, Any], path: Path) -> ModelFile:
     """The model in the contents of a nanoGPT ckpt.pt, whose weights have StoryLLM's names and shapes."""
     own_vocabulary = (path.parent / VOCABULARY).is_file()
     tokenizer = load_tokenizer(path.parent) if own_vocabulary else gpt2_tokenizer()
@@ -221,4 +226,4 @@ def _nanogpt_model(contents: dict[str, Any], path: Path) -> tuple[GPT, tiktoken.
             for name, weight in contents["model"].items()
             if not (name.endswith(MASKS) and weight.ndim == 4)
         }
-        return _without_padding(config, weights, tokenizer), tokenizer
+        return ModelFile(_without_padding(config, weights, tokenizer), tokenizer, {})

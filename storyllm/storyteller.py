@@ -234,7 +234,7 @@ def load(path: str | Path, device: str = "auto", weights: str = "float32") -> St
     (see `convert_linear_layers`). "auto" is "int8" for a large model on a CPU with VNNI, otherwise "float32".
     Raises StoryLLMError if the file is missing, corrupted, or in another format, or the device is unavailable.
     """
-    model, tokenizer = load_model(path)
+    model, tokenizer, _ = load_model(path)
     model = model.to(resolve_device(device))
     if weights == "auto":
         large = model.num_parameters() >= MIN_INT8_PARAMETERS

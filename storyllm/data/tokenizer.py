@@ -29,7 +29,7 @@ def gpt2_tokenizer() -> tiktoken.Encoding:
     Raises StoryLLMError if it is not cached and cannot be downloaded.
     """
     try:
-        return tiktoken.gettokenizer_of("gpt2")
+        return tiktoken.get_encoding("gpt2")
     except Exception as error:  # the type depends on the library that tiktoken downloads with
         raise StoryLLMError(
             f"GPT-2's vocabulary is not cached and cannot be downloaded ({type(error).__name__}); connect to the "
