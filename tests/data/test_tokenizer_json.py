@@ -23,7 +23,7 @@ TEXTS = st.text() | st.text("aeinst 'd\n") | st.text(st.characters(codec="ascii"
 
 @pytest.fixture(scope="module")
 def bpe() -> tiktoken.Encoding:
-    return train_bpe([*random_stories(150), "aaa aaaa aaaaaaaa ababab abababab tatata"], 600)
+    return train_bpe([*random_stories(150), "aaa aaaa aaaaaaaa ababab abababab tatata"], 440)
 
 
 @pytest.fixture(params=["bpe", "gpt2"])
