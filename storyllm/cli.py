@@ -26,6 +26,7 @@ from .evaluation.likelihood import evaluate
 from .export.gguf_file import export_gguf
 from .export.hugging_face import check_hub_name, export_hugging_face, push_to_hub
 from .files import os_error
+from .importing import load_model
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
 from .storyteller import DEFAULT_MAX_NEW_TOKENS, load, wrap
@@ -52,6 +53,7 @@ class Prepare:
     data: OmitArgPrefixes[DataConfig]
     recipe: RecipeName = "faithful"
     out: Path = Path("data")  # output folder
+    tokenizer_from: Path | None = None  # use the tokenizer of this model (file, folder or OWNER/NAME), to fine-tune it
     overwrite: bool = False  # replace existing data that was prepared with other settings
     verify: bool = False  # check the data in the output folder instead of preparing it
 
@@ -60,7 +62,8 @@ class Prepare:
             info = verify(self.out)
             print("all checksums and counts match")
         else:
-            info = prepare(self.data, self.out, overwrite=self.overwrite)
+            tokenizer = load_model(self.tokenizer_from).tokenizer if self.tokenizer_from else None
+            info = prepare(self.data, self.out, overwrite=self.overwrite, tokenizer=tokenizer)
         for split in (info.train, info.validation):
             print(
                 printable(
@@ -69,6 +72,9 @@ class Prepare:
                 )
             )
         return 0
+
+
+DATA_NAMES = {"val": "validation data", "original": "original data"}
 
 
 @dataclass
@@ -80,10 +86,12 @@ class Train:
     recipe: RecipeName = "faithful"
     data_dir: Path = Path("data")  # folder written by `storyllm prepare`
     checkpoint_dir: Path = Path("checkpoints")  # folder for best_model_params.pt, last.pt and log.jsonl
+    init_from: Path | None = None  # fine-tune this model: a model file, a run's or Hugging Face folder, or OWNER/NAME
+    original_data_dir: Path | None = None  # folder with that model's data; shows what fine-tuning makes it forget
 
     def run(self) -> int:
         recipe = Recipe(GPTConfig(**asdict(self.model)), get_recipe(self.recipe).data, self.train)
-        log = train(recipe, self.data_dir, self.checkpoint_dir)
+        log = train(recipe, self.data_dir, self.checkpoint_dir, self.init_from, self.original_data_dir)
         if log.interrupted:
             print("run the same command again to resume")
             return 128 + log.interrupted
@@ -94,6 +102,10 @@ class Train:
                 f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.4f} bits per byte) "
                 f"at iteration {best['iteration']:,}, saved to {printable(str(path))}"
             )
+            for data in ("val", "original") if log.run.get("init_from") else ():
+                before, after = (entry.get(f"{data}_bits_per_byte") for entry in (log.evaluations[0], best))
+                if before and after:
+                    print(f"{DATA_NAMES[data]}: {before:.4f} bits per byte before fine-tuning, {after:.4f} after")
         return 0
 
 

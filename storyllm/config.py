@@ -152,6 +152,7 @@ class DataConfig:
     clean: bool = False  # fix mojibake (UTF-8 read as Windows-1252), strip surrounding whitespace, drop empty stories
     synthetic_stories: int = 20_000  # number of synthetic training stories (plus 5% for validation)
     synthetic_seed: int = 0  # seed of the synthetic stories
+    synthetic_genre: Literal["space"] | None = None  # genre of the synthetic stories; by default, they are about home
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -66,14 +66,21 @@ def load_model(source: str | Path) -> ModelFile:
         path = _download(path.as_posix())
     if (path / CONFIG).is_file():
         return _hugging_face_model(path)
-    if path.is_dir():
-        path = path / BEST
+    path = model_file(path)
     contents = load_archive(path)
     if {"model", "model_args"} <= contents.keys():
         return _nanogpt_model(contents, path)
     check_format(contents, path)
     model, tokenizer, _ = restore_model(contents, path)
     return ModelFile(model, tokenizer, contents)
+
+
+def model_file(source: str | Path) -> Path:
+    """The file with the weights of a local model: `source` itself, or a file in the folder `source`."""
+    path = Path(source)
+    if not path.is_dir():
+        return path
+    return path / (WEIGHTS if (path / CONFIG).is_file() else BEST)
 
 
 def _is_hub_name(path: Path) -> bool:

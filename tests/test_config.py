@@ -46,6 +46,7 @@ FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "data.clean": (True, [1, "yes"]),
     "data.synthetic_stories": (10, [0, -1, 2.0]),
     "data.synthetic_seed": (7, [-1, 0.5]),
+    "data.synthetic_genre": ("space", ["horror", "", 3]),
     "train.max_iters": (10, [0, -5, 1e4, "20000", np.float64(10), np.True_]),
     "train.stop_at": (100, [0, -1, 1.0, "end"]),
     "train.batch_size": (1, [0, 2.5, 2**31]),

@@ -21,13 +21,13 @@ PACKAGE = Path(storyllm.__file__).parent
 # The modules in the order in which a reader follows the data. A module imports only from modules above it.
 ORDER = """
 openmp config recipes files device
-data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer data.tokenizer_json
-data.token_file data.prepare data.windows
+data.space_stories data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer
+data.tokenizer_json data.token_file data.prepare data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint importing storyteller
 evaluation.likelihood
 training.optimizer training.interrupt training.log training.execution training.progress
-training.run_folder training.loop
+training.initial_model training.run_folder training.loop
 plots.style plots.loss_curves plots.architecture
 export.model_card export.hugging_face export.gguf_file
 __init__ cli __main__

@@ -17,6 +17,7 @@ from ..data.token_file import Dataset
 from ..files import earlier_version, lock_folder
 from ..model.gpt import GPT
 from .execution import Execution
+from .initial_model import RECIPE_FIELDS, check_same_initial_model, describe_initial_model, initial_model
 from .log import Log, LogWriter, read_log
 from .optimizer import load_optimizer_state, lr_at
 
@@ -55,12 +56,14 @@ class TrainState:
 
 
 class RunFolder:
-    """The checkpoint folder of a run of `recipe` on `data`."""
+    """The checkpoint folder of a run of `recipe` on `data`, which may start from the model in `init_from`."""
 
-    def __init__(self, path: str | Path, recipe: Recipe, data: Dataset) -> None:
+    def __init__(self, path: str | Path, recipe: Recipe, data: Dataset, init_from: str | Path | None = None) -> None:
         self.path = Path(path)
         self.recipe = recipe
         self.data = data
+        self.init_from = None if init_from is None else str(init_from)
+        self.started_from: dict[str, str] | None = None  # as `describe_initial_model` returned it
         self.last = self.path / LAST
         self.log = LogWriter(self.path / LOG)
 
@@ -92,6 +95,19 @@ class RunFolder:
         self._check_other_files(saved)
         return saved
 
+    def create_model(self, saved: dict[str, Any] | None) -> GPT:
+        """The model of the run, on the CPU, with the weights it starts with if there is no `saved` state.
+
+        Sets the recipe's model and `started_from`. Raises StoryLLMError if `init_from` does not fit recipe and data.
+        """
+        if saved:
+            model, self.started_from = GPT(saved["recipe"].model), saved["init_from"]
+        else:
+            model = initial_model(self.recipe.model, self.data, self.init_from)
+            self.started_from = self.init_from and describe_initial_model(self.init_from)
+        self.recipe = dataclasses.replace(self.recipe, model=model.config)
+        return model
+
     def _newest_intact(self) -> dict[str, Any] | None:
         corrupted: dict[Path, CorruptedCheckpointError] = {}
         for version in saved_versions(self.last):
@@ -112,13 +128,16 @@ class RunFolder:
         return None
 
     def _validate(self, saved: dict[str, Any]) -> None:
-        """Raises StoryLLMError unless `saved` is a valid state of this run. Parses its "recipe" and "state"."""
+        """Raises StoryLLMError unless `saved` is a valid state of this run. Parses its recipe, state and init_from."""
         path = self.last
         if "optimizer" not in saved:
             raise StoryLLMError(f"{path} contains weights but no training state; use another checkpoint folder")
         try:
             saved["recipe"] = Recipe.from_dict(saved["recipe"])
             saved["state"] = TrainState.from_dict(saved["state"])
+            initial = saved["init_from"] = saved.get("init_from")  # missing in older states
+            if initial is not None and not type(initial["name"]) is type(initial["sha256"]) is str:
+                raise TypeError("init_from is invalid")
             same_data = saved["data_sha256"] == self.data.sha256
             if type(saved["device"]) is not str or type(saved["micro_batch_size"]) is not int:
                 raise TypeError("device or micro_batch_size is invalid")
@@ -130,12 +149,15 @@ class RunFolder:
             ) from error
         if not same_data:
             raise StoryLLMError(f"{path} belongs to a run on other data; use that data, or another checkpoint folder")
+        check_same_initial_model(initial, self.init_from, path)
         before, now = saved["recipe"].to_dict(), self.recipe.to_dict()
         changes = [
             f"{part}.{name} was {before[part][name]!r}, now {value!r}"
             for part in ("model", "train")
             for name, value in now[part].items()
-            if name not in RESUMABLE_CHANGES and before[part][name] != value
+            if name not in RESUMABLE_CHANGES
+            and before[part][name] != value
+            and not (initial and part == "model" and name not in RECIPE_FIELDS)  # those come from the initial model
         ]
         if changes:
             more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
@@ -202,6 +224,7 @@ class RunFolder:
                 "scaler": execution.scaler.state_dict(),
                 "state": dataclasses.asdict(state),
                 "data_sha256": self.data.sha256,
+                "init_from": self.started_from,
                 "device": execution.device.device.type,
                 "micro_batch_size": execution.device.micro_batch_size,
             },
@@ -212,7 +235,8 @@ class RunFolder:
         """Saves the model as best_model_params.pt. Raises StoryLLMError if the weights are not finite."""
         self._check_finite(model, iteration)
         contents = model_contents(model, self.data.tokenizer, self.recipe)
-        save_checkpoint(self.path / BEST, {**contents, "iteration": iteration, "val_loss": val_loss})
+        contents |= {"iteration": iteration, "val_loss": val_loss, "init_from": self.started_from}
+        save_checkpoint(self.path / BEST, contents)
 
     def _check_finite(self, model: GPT, iteration: int) -> None:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):

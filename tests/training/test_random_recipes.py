@@ -172,6 +172,7 @@ EFFECTS = {
     "data.clean": (True, "same"),
     "data.synthetic_stories": (7, "same"),
     "data.synthetic_seed": (7, "same"),
+    "data.synthetic_genre": ("space", "same"),
     "train.max_iters": (7, "changed"),
     "train.stop_at": (4, "changed"),
     "train.batch_size": (3, "changed"),
