@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from pathlib import Path
 
 from ..config import Recipe
@@ -44,8 +42,8 @@ A story ends with the token `<|endoftext|>`. Prompt and story have at most {bloc
 """
 
 
-def model_card(loaded: ModelFile, source: str | Path, name: str) -> str:
-    """The model card of `loaded`, which was read from `source`, under the name `name`.
+def model_card(loaded: ModelFile, checkpoint: str | Path, name: str) -> str:
+    """The model card of `loaded`, which was read from `checkpoint`, under the name `name`.
 
     Losses and counts come from the checkpoint and from the `log.jsonl` next to it, if there is one. Local files that
     the model was trained on are named without their folders.
@@ -61,28 +59,28 @@ def model_card(loaded: ModelFile, source: str | Path, name: str) -> str:
         facts["training"] = "unknown (converted from another program's format)"
         return _card(facts, name, config.block_size)
     recipe = Recipe.from_dict(loaded.contents["recipe"])
-    data, train = recipe.data, recipe.train
-    log = _log_of(source)
-    stories = log.run.get("data", {}).get("train", {}).get("stories")
-    hub_name = data.source if _is_hub_name(data.source) else ""
-    shown = hub_name or Path(data.source).name
-    facts["data"] = f"`{shown}`" + (f", {stories:,} stories" if isinstance(stories, int) else "")
-    facts["license of the data"] = LICENSES.get(hub_name, "see the data set" if hub_name else "unknown")
-    if data.source == "synthetic":
-        facts["license of the data"] = "none: written by StoryLLM's own generator"
-    if loaded.contents.get("init_from"):
-        facts["fine-tuned from"] = f"`{Path(loaded.contents['init_from']['name']).name}`"
-    iteration = loaded.contents.get("iteration", loaded.contents.get("state", {}).get("iteration"))
+    log, source_name = _log_of(checkpoint), recipe.data.source
+    info = log.run.get("data", {}).get("train", {})
+    # The fingerprint of a data set on the Hub is its name, that of local files is not.
+    on_hub = source_name in LICENSES or info.get("request", {}).get("fingerprint", "").split(" ")[0] == source_name
+    license_of_data = LICENSES.get(source_name, "see the data set" if on_hub else "unknown")
+    if source_name == "synthetic":
+        license_of_data = "none: written by StoryLLM's own generator"
+    source_name = source_name if on_hub else Path(source_name).name or "local files"
+    facts["data"] = f"`{source_name}`" + (f", {info['stories']:,} stories" if info else "")
+    facts["license of the data"] = license_of_data
+    if isinstance(initial := loaded.contents.get("init_from"), dict):
+        initial_name = str(initial.get("name"))  # a path if it has a checksum, otherwise a name on the Hub
+        facts["fine-tuned from"] = f"`{Path(initial_name).name if initial.get('sha256') else initial_name}`"
+    state = loaded.contents.get("state")  # of a last.pt
+    iteration = (state if isinstance(state, dict) else loaded.contents).get("iteration")
     if isinstance(iteration, int):
-        facts["iterations"] = f"{iteration:,} of {train.max_iters:,}"
-        facts["tokens"] = (
-            f"{iteration * train.batch_size * config.block_size:,} ({train.batch_size} windows an iteration)"
-        )
+        facts["iterations"] = f"{iteration:,} of {recipe.train.max_iters:,}"
+        facts["tokens"] = f"{iteration * recipe.train.batch_size * config.block_size:,}"
         facts |= _losses(log, iteration)
-    values = recipe.to_dict()
-    values["data"]["source"] = shown
-    details = f"\n## Recipe\n\n```json\n{json.dumps(values, indent=2)}\n```\n"
-    return _card(facts, name, config.block_size, hub_name) + details
+    recipe = recipe.override({"data.source": source_name})
+    details = f"\n## Recipe\n\n```json\n{json.dumps(recipe.to_dict(), indent=2)}\n```\n"
+    return _card(facts, name, config.block_size, source_name if on_hub else "") + details
 
 
 def _card(facts: dict[str, str], name: str, block_size: int, dataset: str = "") -> str:
@@ -104,12 +102,8 @@ def _losses(log: Log, iteration: int) -> dict[str, str]:
     return {}
 
 
-def _log_of(source: str | Path) -> Log:
+def _log_of(checkpoint: str | Path) -> Log:
     """The log of the run that wrote a checkpoint; an empty one if it is not there."""
-    path = Path(source)
+    path = Path(checkpoint)
     path = (path if path.is_dir() else path.parent) / LOG
     return read_log(path) if path.is_file() else Log()
-
-
-def _is_hub_name(source: str) -> bool:
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)) and not os.path.exists(source)

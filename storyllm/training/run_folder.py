@@ -104,7 +104,7 @@ class RunFolder:
             model, self.started_from = GPT(saved["recipe"].model), saved["init_from"]
         else:
             model = initial_model(self.recipe.model, self.data, self.init_from)
-            self.started_from = self.init_from and describe_initial_model(self.init_from)
+            self.started_from = describe_initial_model(self.init_from) if self.init_from else None
         self.recipe = dataclasses.replace(self.recipe, model=model.config)
         return model
 

@@ -123,7 +123,7 @@ def test_the_model_card_describes_the_run(exported, tiny_run, tiny_data):
     ("source", "facts"),
     [
         ("roneneldan/TinyStories", ["datasets:\n- roneneldan/TinyStories\n---", "of the data | CDLA-Sharing-1.0 |"]),
-        ("someone/stories", ["datasets:\n- someone/stories\n---", "of the data | see the data set |"]),
+        ("someone/stories", ["- storyllm\n---", "| data | `stories` |", "of the data | unknown |"]),  # perhaps a folder
         ("synthetic", ["of the data | none: written by StoryLLM's own generator |"]),
     ],
 )
