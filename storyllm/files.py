@@ -74,7 +74,8 @@ def atomic_folder(folder: Path, replace: Collection[str] = ()) -> Iterator[Path]
     An existing `folder` is replaced if it is empty or has no other files than those named in `replace`. Otherwise, and
     if a file cannot be written, raises StoryLLMError.
     """
-    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    folder = Path(os.path.abspath(folder))  # has a name, even if it is "."
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     try:
         if folder.exists() and (others := {path.name for path in folder.iterdir()} - set(replace)):
             advice = "" if replace else ", or pass overwrite=True (--overwrite) to replace an earlier export"

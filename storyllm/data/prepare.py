@@ -129,11 +129,9 @@ def _prepare_tokenizer(
         values = read_json(path)
         if values.get("request") == request:
             return tokenizer_from_dict(values)
-    if tokenizer is not None:
-        pass
-    elif data.tokenizer == "gpt2":
+    if tokenizer is None and data.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
-    else:
+    elif tokenizer is None:
         with tqdm(desc="vocabulary", unit=" stories", file=sys.stdout) as bar:
             tokenizer = train_bpe(_texts(read_pieces(data, "train"), bar), int(data.tokenizer.removeprefix("bpe:")))
     write_json(path, {**tokenizer_to_dict(tokenizer), "request": request})

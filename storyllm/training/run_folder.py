@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import BEST, CorruptedCheckpointError, check_tied, load_checkpoint, model_contents, save_checkpoint
+from ..checkpoint import (
+    BEST,
+    CorruptedCheckpointError,
+    check_tied,
+    load_checkpoint,
+    mismatch_errors,
+    model_contents,
+    model_from_weights,
+    save_checkpoint,
+)
 from ..config import Recipe, StoryLLMError
 from ..data.token_file import Dataset
 from ..files import earlier_version, lock_folder
@@ -100,11 +109,15 @@ class RunFolder:
 
         Sets the recipe's model and `started_from`. Raises StoryLLMError if `init_from` does not fit recipe and data.
         """
-        if saved:
-            model, self.started_from = GPT(saved["recipe"].model), saved["init_from"]
-        else:
+        if saved is None:
             model = initial_model(self.recipe.model, self.data, self.init_from)
             self.started_from = describe_initial_model(self.init_from) if self.init_from else None
+        elif saved["init_from"] is None:
+            model = GPT(self.recipe.model)
+        else:  # the shape is that of the saved weights
+            self.started_from = saved["init_from"]
+            with mismatch_errors(self.last):
+                model = model_from_weights(saved["recipe"].model, saved["model"])
         self.recipe = dataclasses.replace(self.recipe, model=model.config)
         return model
 
