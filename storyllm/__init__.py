@@ -6,6 +6,8 @@ from .data.prepare import prepare
 from .data.stories import read_stories
 from .data.token_file import load_tokenizer, open_token_file, verify
 from .evaluation.likelihood import Report, evaluate
+from .export.gguf_file import export_gguf
+from .export.hugging_face import export_hugging_face, push_to_hub
 from .model.gpt import GPT
 from .model.sampling import next_token_probs
 from .plots.architecture import plot_architecture
@@ -31,6 +33,8 @@ __all__ = [
     "Storyteller",
     "TrainConfig",
     "evaluate",
+    "export_gguf",
+    "export_hugging_face",
     "get_recipe",
     "load",
     "load_tokenizer",
@@ -41,6 +45,7 @@ __all__ = [
     "plot_losses",
     "plot_runs",
     "prepare",
+    "push_to_hub",
     "read_log",
     "read_stories",
     "samples_table",

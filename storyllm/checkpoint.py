@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from .config import Recipe, StoryLLMError
+from .config import GPTConfig, Recipe, StoryLLMError
 from .data.tokenizer import tokenizer_from_dict, tokenizer_to_dict
 from .files import atomic_write, os_error
 from .model.gpt import GPT
 
+BEST = "best_model_params.pt"  # the name of a run's best model
 FORMAT = "storyllm 1"
 
 
@@ -52,7 +54,24 @@ def save_checkpoint(path: str | Path, contents: dict[str, Any], keep: int = 0) -
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint, with tensors on the CPU.
+    """The contents of a checkpoint, read by `load_archive`.
+
+    Raises StoryLLMError if the file cannot be read, and CorruptedCheckpointError, a subclass, if its contents are not
+    intact or those of another program.
+    """
+    contents = load_archive(path)
+    check_format(contents, path)
+    return contents
+
+
+def check_format(contents: dict[str, Any], path: str | Path) -> None:
+    """Raises CorruptedCheckpointError unless these are the contents of a StoryLLM checkpoint."""
+    if contents.get("format") != FORMAT:
+        raise CorruptedCheckpointError(f"{path} is not a StoryLLM checkpoint; pass a {BEST}")
+
+
+def load_archive(path: str | Path) -> dict[str, Any]:
+    """The dictionary that a program saved with `torch.save`, with tensors on the CPU.
 
     Nothing in the file is executed. All its checksums are verified first, which PyTorch does not do, and its tensors
     cannot take more memory than the file's size. Raises StoryLLMError if the file cannot be read, and
@@ -76,8 +95,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CorruptedCheckpointError(
             f"{path} is corrupted or not a checkpoint ({type(error).__name__}); pass another file"
         ) from error
-    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise CorruptedCheckpointError(f"{path} is not a StoryLLM checkpoint; pass a best_model_params.pt")
+    if not isinstance(contents, dict):
+        raise CorruptedCheckpointError(f"{path} is not a StoryLLM checkpoint; pass a {BEST}")
     if tensor_bytes > path.stat().st_size:
         raise CorruptedCheckpointError(
             f"{path} declares tensors of {tensor_bytes:,} bytes, more than its own size; pass another file"
@@ -122,25 +141,39 @@ def restore_model(contents: dict[str, Any], path: str | Path) -> tuple[GPT, tikt
 
     Raises StoryLLMError, naming `path`, if they are inconsistent.
     """
-    try:
+    with mismatch_errors(path):
         recipe = Recipe.from_dict(contents["recipe"])
         tokenizer = tokenizer_from_dict(contents["tokenizer"])
         if recipe.model.vocab_size != tokenizer.n_vocab:
             raise StoryLLMError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {recipe.model.vocab_size}")
-        weights = contents["model"]
-        layers = sum(name.endswith(".ln_1.weight") for name in weights)
-        if recipe.model.n_layer != layers:  # checked before the layers are created
-            raise StoryLLMError(f"it has weights of {layers} layers, but n_layer is {recipe.model.n_layer}")
-        with torch.device("meta"):  # allocates nothing: the weights come from the file
-            model = GPT(recipe.model)
-        if not all(weight.dtype == torch.float32 for weight in weights.values()):
-            raise StoryLLMError("the weights are not float32")
-        model.load_state_dict(weights, assign=True)
-        check_tied(weights)
-        model.tie_weights()
+        return model_from_weights(recipe.model, contents["model"]), tokenizer, recipe
+
+
+def model_from_weights(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
+    """A model (in evaluation mode) with these float32 weights, which are not copied.
+
+    Raises some exception, for `mismatch_errors`, if they are not the weights of such a model.
+    """
+    layers = sum(name.endswith(".ln_1.weight") for name in weights)
+    if config.n_layer != layers:  # checked before the layers are created
+        raise StoryLLMError(f"it has weights of {layers} layers, but n_layer is {config.n_layer}")
+    with torch.device("meta"):  # allocates nothing: the weights come from the file
+        model = GPT(config)
+    if not all(weight.dtype == torch.float32 for weight in weights.values()):
+        raise StoryLLMError("the weights are not float32")
+    model.load_state_dict(weights, assign=True)
+    check_tied(weights)
+    model.tie_weights()
+    return model.eval()
+
+
+@contextmanager
+def mismatch_errors(path: str | Path) -> Iterator[None]:
+    """Turns what inconsistent contents of the file `path` raise into a StoryLLMError."""
+    try:
+        yield
     except (StoryLLMError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StoryLLMError(
             f"the weights in {path} do not match its configuration ({reason}); pass another file"
         ) from error
-    return model.eval(), tokenizer, recipe

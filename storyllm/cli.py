@@ -23,7 +23,10 @@ from .data.prepare import prepare
 from .data.token_file import verify
 from .device import is_out_of_memory
 from .evaluation.likelihood import evaluate
+from .export.gguf_file import export_gguf
+from .export.hugging_face import check_hub_name, export_hugging_face, push_to_hub
 from .files import os_error
+from .importing import load_model
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
 from .storyteller import DEFAULT_MAX_NEW_TOKENS, load, wrap
@@ -50,6 +53,7 @@ class Prepare:
     data: OmitArgPrefixes[DataConfig]
     recipe: RecipeName = "faithful"
     out: Path = Path("data")  # output folder
+    tokenizer_from: Path | None = None  # use the tokenizer of this model (file, folder or OWNER/NAME), to fine-tune it
     overwrite: bool = False  # replace existing data that was prepared with other settings
     verify: bool = False  # check the data in the output folder instead of preparing it
 
@@ -58,7 +62,8 @@ class Prepare:
             info = verify(self.out)
             print("all checksums and counts match")
         else:
-            info = prepare(self.data, self.out, overwrite=self.overwrite)
+            tokenizer = load_model(self.tokenizer_from).tokenizer if self.tokenizer_from else None
+            info = prepare(self.data, self.out, overwrite=self.overwrite, tokenizer=tokenizer)
         for split in (info.train, info.validation):
             print(
                 printable(
@@ -67,6 +72,9 @@ class Prepare:
                 )
             )
         return 0
+
+
+DATA_NAMES = {"val": "validation data", "original": "original data"}
 
 
 @dataclass
@@ -78,10 +86,12 @@ class Train:
     recipe: RecipeName = "faithful"
     data_dir: Path = Path("data")  # folder written by `storyllm prepare`
     checkpoint_dir: Path = Path("checkpoints")  # folder for best_model_params.pt, last.pt and log.jsonl
+    init_from: Path | None = None  # fine-tune this model: a model file, a run's or Hugging Face folder, or OWNER/NAME
+    original_data_dir: Path | None = None  # folder with that model's data; shows what fine-tuning makes it forget
 
     def run(self) -> int:
         recipe = Recipe(GPTConfig(**asdict(self.model)), get_recipe(self.recipe).data, self.train)
-        log = train(recipe, self.data_dir, self.checkpoint_dir)
+        log = train(recipe, self.data_dir, self.checkpoint_dir, self.init_from, self.original_data_dir)
         if log.interrupted:
             print("run the same command again to resume")
             return 128 + log.interrupted
@@ -92,6 +102,10 @@ class Train:
                 f"best validation loss {best['val_loss']:.4f} ({best['val_bits_per_byte']:.4f} bits per byte) "
                 f"at iteration {best['iteration']:,}, saved to {printable(str(path))}"
             )
+            for data in ("val", "original") if log.run.get("init_from") else ():
+                before, after = (entry.get(f"{data}_bits_per_byte") for entry in (log.evaluations[0], best))
+                if before and after:
+                    print(f"{DATA_NAMES[data]}: {before:.4f} bits per byte before fine-tuning, {after:.4f} after")
         return 0
 
 
@@ -102,7 +116,7 @@ class Generate:
     prompt: Annotated[
         Positional[str], arg(metavar="[PROMPT]", help="beginning of the story; without it, the model chooses one")
     ] = ""
-    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or its folder
+    checkpoint: Path = Path("checkpoints") / BEST  # a model file, a run's or Hugging Face folder, or OWNER/NAME (Hub)
     max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # maximum length in tokens, not counting the prompt
     temperature: float = 1.0  # 0 is greedy decoding; higher is more random
     top_k: int | None = None  # sample only from the k most likely tokens
@@ -115,7 +129,7 @@ class Generate:
     def run(self) -> int:
         if self.num_stories < 1:
             raise StoryLLMError(f"num_stories is {self.num_stories}, must be at least 1")
-        storyteller = load(_file_in(self.checkpoint, BEST), self.device, self.weights)
+        storyteller = load(self.checkpoint, self.device, self.weights)
         sampling: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -141,12 +155,12 @@ class Generate:
 class Evaluate:
     """Print a model's loss, perplexity and bits per byte over a complete .bin file."""
 
-    checkpoint: Path = Path("checkpoints") / BEST  # model file written by `storyllm train`, or its folder
+    checkpoint: Path = Path("checkpoints") / BEST  # a model file, a run's or Hugging Face folder, or OWNER/NAME (Hub)
     data: Path = Path("data/validation.bin")  # .bin prepared with the model's tokenizer, or its folder
     device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
 
     def run(self) -> int:
-        storyteller = load(_file_in(self.checkpoint, BEST), self.device)
+        storyteller = load(self.checkpoint, self.device)
         report = evaluate(storyteller, _file_in(self.data, "validation.bin"))
         print(f"loss           {report.loss:.4f} nats per token ({report.tokens:,} tokens)")
         print(f"perplexity     {report.perplexity:.2f}")
@@ -171,6 +185,32 @@ class Plot:
         else:
             plot_runs({str(log.parent if log.name == LOG else log): log for log in logs}, self.out)
         print(printable(str(self.out)))
+        return 0
+
+
+@dataclass
+class Export:
+    """Export a model for other programs: a folder for transformers and the Hub, or a file for llama.cpp."""
+
+    checkpoint: Path = Path("checkpoints") / BEST  # a model file, a run's or Hugging Face folder, or OWNER/NAME (Hub)
+    to: Path = Path("export")  # output folder; for "gguf" a file that ends in .gguf
+    format: Literal["hf", "gguf"] = "hf"  # "hf": a folder in Hugging Face's format; "gguf": a file for llama.cpp
+    push: str | None = None  # upload the folder to this repository on the Hub, OWNER/NAME
+    overwrite: bool = False  # replace an earlier export
+
+    def run(self) -> int:
+        if self.format == "gguf":
+            if self.push is not None:
+                raise StoryLLMError("push uploads a folder in Hugging Face's format; omit --format gguf")
+            export_gguf(self.checkpoint, self.to, self.overwrite)
+        else:
+            if self.push is not None:
+                check_hub_name(self.push)
+            export_hugging_face(self.checkpoint, self.to, self.overwrite, name=self.push or "")
+        print(printable(str(self.to)))
+        if self.push is not None:
+            push_to_hub(self.to, self.push)
+            print(f"https://huggingface.co/{self.push}")
         return 0
 
 
@@ -238,6 +278,7 @@ def _run(arguments: list[str]) -> int:
         "generate": Generate(),
         "evaluate": Evaluate(),
         "plot": Plot(),
+        "export": Export(),
     }
     descriptions = {name: str(command.__doc__) for name, command in commands.items()}
     command = tyro.extras.subcommand_type_from_defaults(commands, descriptions)

@@ -114,6 +114,7 @@ class GPTConfig:
     n_embd: int = 384  # width (hidden size), a multiple of n_head
     dropout: float = 0.1  # dropout probability for embeddings, attention weights and residuals
     bias: bool = True  # use biases in linear layers and LayerNorm, as GPT-2 does
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # of the MLP: exact GELU, or OpenAI's tanh approximation of it
     flash_attention: bool = True  # use PyTorch's fused attention kernels
     embedding_std: float = 0.02  # standard deviation of the initial token embeddings
     position_std: float = 0.02  # standard deviation of the initial position embeddings
@@ -151,6 +152,7 @@ class DataConfig:
     clean: bool = False  # fix mojibake (UTF-8 read as Windows-1252), strip surrounding whitespace, drop empty stories
     synthetic_stories: int = 20_000  # number of synthetic training stories (plus 5% for validation)
     synthetic_seed: int = 0  # seed of the synthetic stories
+    synthetic_genre: Literal["space"] | None = None  # genre of the synthetic stories; by default, they are about home
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -6,8 +6,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -63,6 +64,38 @@ def atomic_write(path: Path, keep: int = 0) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise os_error("write", path, error) from error
+        raise
+
+
+@contextmanager
+def atomic_folder(folder: Path, replace: Collection[str] = ()) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends without an exception.
+
+    An existing `folder` is replaced if it is empty or has no other files than those named in `replace`. Otherwise, and
+    if a file cannot be written, raises StoryLLMError.
+    """
+    folder = Path(os.path.abspath(folder))  # has a name, even if it is "."
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    try:
+        if folder.exists() and (others := {path.name for path in folder.iterdir()} - set(replace)):
+            advice = "" if replace else ", or pass overwrite=True (--overwrite) to replace an earlier export"
+            raise StoryLLMError(f"{folder} already has files ({min(others)}); use another folder{advice}")
+        for left_over in (part, old):  # by a killed process
+            shutil.rmtree(left_over, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        for path in part.iterdir():
+            with open(path, "r+b") as file:
+                fsync(file.fileno())
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+        _fsync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise os_error("write", folder, error) from error
         raise
 
 

@@ -78,6 +78,25 @@ RECIPES: dict[str, Recipe] = {
     "demo-fast": dataclasses.replace(
         _DEMO, train=dataclasses.replace(_FAST.train, max_iters=1_200, batch_size=4, sample_interval=200)
     ),
+    # Starts from another model (--init-from), whose shape replaces this one, and keeps its context of at most 256.
+    "finetune": Recipe(
+        model=GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.0),
+        data=DataConfig(tokenizer="bpe:4096"),
+        train=TrainConfig(
+            max_iters=400,
+            batch_size=8,
+            gradient_accumulation_steps=1,
+            windows="shuffled",
+            learning_rate=5e-4,
+            min_lr=0.0,
+            warmup_iters=20,
+            warmup_start_factor=0.05,
+            beta2=0.99,
+            grad_clip=1.0,
+            eval_interval=40,
+            eval_windows=64,
+        ),
+    ),
     # The specification's future work: longer contexts with the same tokens per iteration, and GPT-2's smallest size.
     "context-512": _FAITHFUL.override({"model.block_size": 512, "train.batch_size": 8}),
     "context-1024": _FAITHFUL.override({"model.block_size": 1024, "train.batch_size": 4}),

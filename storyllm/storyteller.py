@@ -16,11 +16,11 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from .checkpoint import load_checkpoint, restore_model
 from .config import StoryLLMError, plain_number, shown
 from .data.stories import check_whitespace
 from .data.windows import sequential_windows
 from .device import cpu_has, resolve_device
+from .importing import load_model
 from .model.decoding import decode, eval_mode
 from .model.gpt import GPT
 from .model.quantization import convert_linear_layers
@@ -228,11 +228,13 @@ def wrap(pieces: Iterable[str], width: int) -> Iterator[str]:
 def load(path: str | Path, device: str = "auto", weights: str = "float32") -> Storyteller:
     """The storyteller in a checkpoint (`best_model_params.pt` or `last.pt`). The file is all it needs.
 
+    `path` may also be a run's folder, a GPT-2 model in Hugging Face's format (a folder, or OWNER/NAME on the Hub) or a
+    checkpoint of nanoGPT (see `load_model`).
     With `weights` "int8" or "bfloat16", the linear layers have weights in that format, for faster generation on a CPU
     (see `convert_linear_layers`). "auto" is "int8" for a large model on a CPU with VNNI, otherwise "float32".
-    Raises StoryLLMError if the file is missing, corrupted, or not a StoryLLM checkpoint, or the device is unavailable.
+    Raises StoryLLMError if the file is missing, corrupted, or in another format, or the device is unavailable.
     """
-    model, tokenizer, _ = restore_model(load_checkpoint(path), path)
+    model, tokenizer, _ = load_model(path)
     model = model.to(resolve_device(device))
     if weights == "auto":
         large = model.num_parameters() >= MIN_INT8_PARAMETERS

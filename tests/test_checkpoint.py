@@ -85,6 +85,13 @@ def test_tied_weights_are_stored_once(contents, path):
     assert path.stat().st_size < sum(weights.values()) + 50_000
 
 
+def test_a_checkpoint_from_before_a_field_existed_has_its_default(path):
+    contents = load_checkpoint(path)
+    del contents["recipe"]["model"]["activation"]
+    save_checkpoint(path, contents)
+    assert load(path).model.config.activation == "gelu"
+
+
 def test_loading_does_not_use_the_global_generator(path):
     before = torch.get_rng_state()
     load(path)

@@ -15,7 +15,7 @@ import storyllm
 from storyllm import RECIPES, DataConfig, GPTConfig, TrainConfig, read_log
 from storyllm.cli import main
 
-COMMANDS = ("prepare", "train", "generate", "evaluate", "plot")
+COMMANDS = ("prepare", "train", "generate", "evaluate", "plot", "export")
 TRAIN = ["train", "--recipe", "demo", *TINY_MODEL_OPTIONS]
 TRAIN += "--train.batch-size 2 --train.eval-windows 4 --train.device cpu --train.max-iters 6".split()
 

@@ -24,32 +24,22 @@ PACKAGE = Path(storyllm.__file__).parent
 # The modules in the order in which a reader follows the data. A module imports only from modules above it.
 ORDER = """
 openmp config recipes files device
-data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer data.token_file data.prepare
-data.windows
+data.space_stories data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer
+data.tokenizer_json data.token_file data.prepare data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
-checkpoint storyteller
+checkpoint importing storyteller
 evaluation.likelihood
 training.muon training.optimizer training.interrupt training.trackers training.log training.mirror training.execution
-training.progress training.run_folder training.samples training.loop
+training.progress training.initial_model training.run_folder training.samples training.loop
 plots.style plots.loss_curves plots.architecture
+export.model_card export.hugging_face export.gguf_file
 __init__ cli __main__
 """.split()
 FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name))
 
 # Imported only where they are used, because each takes up to a second or is optional.
-LAZY = {
-    "datasets",
-    "matplotlib",
-    "pyarrow",
-    "pandas",
-    "transformers",
-    "tokenizers",
-    "tyro",
-    "IPython",
-    "tensorboard",
-    "wandb",
-    "trackio",
-}
+LAZY = {"datasets", "matplotlib", "pyarrow", "pandas", "transformers", "tokenizers", "tyro", "IPython"}
+LAZY |= {"huggingface_hub", "safetensors", "gguf", "tensorboard", "wandb", "trackio"}
 
 
 def parse(module: str) -> ast.Module:

@@ -36,33 +36,42 @@ class ProgressBar(tqdm):
             super().__del__()
 
 
-def prepare(data: DataConfig, out_dir: str | Path, overwrite: bool = False) -> PreparedData:
+def prepare(
+    data: DataConfig, out_dir: str | Path, overwrite: bool = False, tokenizer: tiktoken.Encoding | None = None
+) -> PreparedData:
     """Tokenizes both splits into `out_dir`: a `.bin` and a `.json` for each, and the vocabulary.
 
-    Memory use does not grow with the corpus. Files that an earlier call completed for the same source and settings are
-    reused; incomplete ones are replaced. Raises StoryLLMError if the folder holds other data and `overwrite` is False,
-    or if the source or the tokenizer is unavailable.
+    `tokenizer` is that of a model to fine-tune, and replaces the one that `data` describes. Memory use does not grow
+    with the corpus. Files that an earlier call completed for the same source and settings are reused; incomplete ones
+    are replaced. Raises StoryLLMError if the folder holds other data and `overwrite` is False, or if the source or the
+    tokenizer is unavailable.
     """
     if not isinstance(data, DataConfig):
         raise StoryLLMError(f"data is {type(data).__name__}, must be a DataConfig; pass recipe.data")
     out_dir = Path(out_dir)
+    fingerprint = source_fingerprint(data)
+    if tokenizer is not None:
+        data = dataclasses.replace(data, tokenizer=tokenizer.name)
+        fingerprint += f" tokenizer:{tokenizer_hash(tokenizer)}"
     # Settings that are None are left out, as data that was prepared before a setting existed has none. The fingerprint
     # replaces the source's name: a local file that was moved is not prepared again.
     settings = {name: value for name, value in dataclasses.asdict(data).items() if value is not None}
     del settings["source"]
-    request = {**settings, "fingerprint": source_fingerprint(data)}
+    request = {**settings, "fingerprint": fingerprint}
     with lock_folder(out_dir):
-        return _prepare(data, out_dir, overwrite, request)
+        return _prepare(data, out_dir, overwrite, request, tokenizer)
 
 
-def _prepare(data: DataConfig, out_dir: Path, overwrite: bool, request: dict[str, Any]) -> PreparedData:
+def _prepare(
+    data: DataConfig, out_dir: Path, overwrite: bool, request: dict[str, Any], tokenizer: tiktoken.Encoding | None
+) -> PreparedData:
     paths = {split: out_dir / f"{split}.bin" for split in SPLITS}
     completed = {split: _completed_info(path, request) for split, path in paths.items()}
     if not overwrite:
         _check_no_other_data(out_dir, paths, completed)
     if not all(completed.values()) and os.path.isdir(data.source) and not is_saved_dataset(Path(data.source)):
         _print_files(data.source)
-    tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request)
+    tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request, tokenizer)
     vocabulary_hash = tokenizer_hash(tokenizer)
     infos = {}
     for split, path in reversed(paths.items()):  # validation first: it is short, and fails early if it has no stories
@@ -120,15 +129,17 @@ def _is_unreadable(path: Path, read: Callable[[Path], object]) -> bool:
     return False
 
 
-def _prepare_tokenizer(data: DataConfig, path: Path, request: dict[str, Any]) -> tiktoken.Encoding:
-    """The tokenizer for this request: from the file `path`, or else created and saved there."""
+def _prepare_tokenizer(
+    data: DataConfig, path: Path, request: dict[str, Any], tokenizer: tiktoken.Encoding | None
+) -> tiktoken.Encoding:
+    """The tokenizer for this request: from the file `path`, or else the one given, or created, and saved there."""
     with suppress(StoryLLMError):  # missing or corrupted
         values = read_json(path)
         if values.get("request") == request:
             return tokenizer_from_dict(values)
-    if data.tokenizer == "gpt2":
+    if tokenizer is None and data.tokenizer == "gpt2":
         tokenizer = gpt2_tokenizer()
-    else:
+    elif tokenizer is None:
         with ProgressBar(desc="vocabulary", unit=" stories", file=sys.stdout) as bar:
             tokenizer = train_bpe(_texts(read_pieces(data, "train"), bar), int(data.tokenizer.removeprefix("bpe:")))
     write_json(path, {**tokenizer_to_dict(tokenizer), "request": request})

@@ -57,7 +57,7 @@ def source_fingerprint(data: DataConfig) -> str:
     Local files: their names and SHA-256. Synthetic stories: the SHA-256 of the first hundred. A Hub dataset: its name.
     """
     if data.source == "synthetic":
-        sample = "\n".join(synthetic_stories(data.synthetic_seed, "train", 100))
+        sample = "\n".join(synthetic_stories(data.synthetic_seed, "train", 100, data.synthetic_genre))
         return f"synthetic:{hashlib.sha256(sample.encode()).hexdigest()}"
     if not os.path.exists(data.source):
         _check_hub_name(data.source)
@@ -89,7 +89,8 @@ def check_whitespace(text: str, name: str) -> None:
 def _source(data: DataConfig, split: str) -> Source:
     if data.source == "synthetic":
         count = data.synthetic_stories if split == "train" else max(1, data.synthetic_stories // 20)
-        return lambda: ((story, True) for story in synthetic_stories(data.synthetic_seed, split, count)), True
+        arguments = (data.synthetic_seed, split, count, data.synthetic_genre)
+        return lambda: ((story, True) for story in synthetic_stories(*arguments)), True
     if not os.path.exists(data.source):
         return _dataset_source(data, split, _load_from_hub(data))
     if is_saved_dataset(Path(data.source)):

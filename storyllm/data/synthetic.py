@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..config import StoryLLMError
+from . import space_stories
 
 T = TypeVar("T")
 Row = dict[str, str]
@@ -411,6 +412,23 @@ TEMPLATES: dict[str, tuple[str, list[list[Row]]]] = {  # template name -> (templ
 }
 
 
+@dataclass(frozen=True)
+class Genre:
+    """A genre of stories: how they begin, their templates, and the kinds of their characters."""
+
+    opening: str
+    templates: dict[str, tuple[str, list[list[Row]]]]
+    kinds: list[Row]
+
+
+SPACE = Genre(
+    space_stories.OPENING,
+    {name: (text, list(map(table, tables))) for name, (text, tables) in space_stories.TEMPLATES.items()},
+    table(space_stories.KINDS),
+)
+GENRES = {None: Genre(OPENING, TEMPLATES, KINDS), "space": SPACE}
+
+
 def random_character(rng: random.Random, pronoun: str, kinds: Sequence[Row]) -> Character:
     """A character with the given pronoun, "he" or "she", of a kind drawn from `kinds`."""
     row = {column: choose(rng, cell) for column, cell in pick(rng, kinds).items()}
@@ -422,18 +440,18 @@ def random_character(rng: random.Random, pronoun: str, kinds: Sequence[Row]) -> 
     return Character(name, Noun(kind), row["home"], row.get("moved", "went"), elder, **PRONOUNS[pronoun])
 
 
-def story_from_template(rng: random.Random, name: str) -> str:
-    """A random story from the template `name` (a key of `TEMPLATES`). Blank lines separate its paragraphs.
+def story_from_template(rng: random.Random, name: str, genre: Genre = GENRES[None]) -> str:
+    """A random story from the template `name` of a genre. Blank lines separate its paragraphs.
 
     Hero and friend have different pronouns, so "she" is never ambiguous. Their kinds exclude those mentioned in the
     rows (no duck learns from a duck) and those in the "never" column (no duck learns to swim).
     """
-    template, tables = TEMPLATES[name]
+    template, tables = genre.templates[name]
     row: Row = {}
     for rows in tables:
         row |= {column: choose(rng, cell) for column, cell in pick(rng, rows).items()}
     excluded = {*row.values(), *row.get("never", "").split()}
-    kinds = [kind for kind in KINDS if kind["kind"] not in excluded]
+    kinds = [kind for kind in genre.kinds if kind["kind"] not in excluded]
     hero_pronoun, friend_pronoun = pick(rng, (("he", "she"), ("she", "he")))
     values: dict[str, object] = {
         "hero": random_character(rng, hero_pronoun, [row] if "kind" in row else kinds),
@@ -442,22 +460,22 @@ def story_from_template(rng: random.Random, name: str) -> str:
     }
     for column, cell in row.items():  # in order: a cell may refer to the cells before it
         values[column] = Noun(cell.format(**values))
-    story = choose(rng, OPENING + template).format(**values)
+    story = choose(rng, genre.opening + template).format(**values)
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in story.strip().split("\n\n"))
 
 
-def synthetic_story(seed: int, split: str, index: int) -> str:
+def synthetic_story(seed: int, split: str, index: int, genre: str | None = None) -> str:
     """Story number `index` of a split, "train" or "validation". The same arguments give the same text on every machine.
 
-    Raises StoryLLMError for any other split.
+    `genre` is a key of `GENRES`. Raises StoryLLMError for any other split.
     """
     if split not in ("train", "validation"):
         raise StoryLLMError(f"split is {split!r}, must be 'train' or 'validation'")
     rng = random.Random(f"{seed}/{split}/{index}")
-    story = story_from_template(rng, pick(rng, list(TEMPLATES)))
+    story = story_from_template(rng, pick(rng, list(GENRES[genre].templates)), GENRES[genre])
     return story if rng.random() < 0.7 else story.replace("\n\n", " ")  # some stories are a single paragraph
 
 
-def synthetic_stories(seed: int, split: str, count: int) -> Iterator[str]:
+def synthetic_stories(seed: int, split: str, count: int, genre: str | None = None) -> Iterator[str]:
     """The first `count` stories of a split."""
-    return (synthetic_story(seed, split, index) for index in range(count))
+    return (synthetic_story(seed, split, index, genre) for index in range(count))

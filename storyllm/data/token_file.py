@@ -60,11 +60,15 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a data folder and their tokenizer. `dataset["train"]` is `dataset.train`."""
+    """Both splits of a data folder and their tokenizer. `dataset["train"]` is `dataset.train`.
+
+    `original` is the validation split of other data: what a model was trained on before its fine-tuning.
+    """
 
     train: TokenFile
     validation: TokenFile
     tokenizer: tiktoken.Encoding
+    original: TokenFile | None = None
 
     def __getitem__(self, split: str) -> TokenFile:
         return {"train": self.train, "validation": self.validation}[split]
@@ -85,15 +89,22 @@ class Dataset:
             raise _corrupted(self.train.path.with_suffix(".json")) from error
 
 
-def open_dataset(data_dir: str | Path) -> Dataset:
-    """Opens the data that `prepare` wrote to a folder.
+def open_dataset(data_dir: str | Path, original_data_dir: str | Path | None = None) -> Dataset:
+    """Opens the data that `prepare` wrote to a folder, and the validation split in `original_data_dir`, if given.
 
-    Raises StoryLLMError if a file is missing or corrupted, or if the files were not prepared together.
+    Raises StoryLLMError if a file is missing or corrupted, or if the files were not prepared together, or the original
+    data with another tokenizer.
     """
     data_dir = Path(data_dir)
     train, validation = (open_token_file(data_dir / f"{split}.bin") for split in SPLITS)
-    dataset = Dataset(train, validation, load_tokenizer(data_dir))
+    original = None if original_data_dir is None else open_token_file(Path(original_data_dir) / "validation.bin")
+    dataset = Dataset(train, validation, load_tokenizer(data_dir), original)
     _check_prepared_together(dataset)
+    if original is not None and original.info.tokenizer_hash != train.info.tokenizer_hash:
+        raise StoryLLMError(
+            f"{original.path} uses the tokenizer {original.info.tokenizer}, {train.path} another, "
+            f"{train.info.tokenizer}; prepare both with the same one (--tokenizer-from)"
+        )
     return dataset
 
 

@@ -69,7 +69,7 @@ def train_bpe(stories: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
         warnings.warn(
             f"the stories yield a vocabulary of only {len(tokens) + 1} tokens instead of {vocab_size}", stacklevel=2
         )
-    return _encoding(f"bpe:{vocab_size}", tokens)
+    return tokenizer_of(f"bpe:{vocab_size}", tokens)
 
 
 def _chunks(stories: Iterable[str], stopped: threading.Event) -> Iterator[str]:
@@ -82,13 +82,13 @@ def _chunks(stories: Iterable[str], stopped: threading.Event) -> Iterator[str]:
 
 def _token_bytes(vocabulary: dict[str, int]) -> list[bytes]:
     """The bytes of each token: the 256 single bytes in order, then the tokens of `vocabulary` that a merge created."""
-    byte_of = _byte_of_character()
+    byte_of = byte_of_character()
     learned = sorted(vocabulary, key=vocabulary.__getitem__)
     merged = [bytes(byte_of[character] for character in token) for token in learned if len(token) > 1]
     return [bytes([byte]) for byte in range(256)] + merged
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's printable character for each byte -> that byte.
 
     A printable byte stands for itself. The others are assigned the characters from 256 on.
@@ -98,8 +98,11 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _encoding(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
-    """The tokenizer whose token i is `tokens[i]`, followed by the end-of-text token."""
+def tokenizer_of(name: str, tokens: list[bytes]) -> tiktoken.Encoding:
+    """The tokenizer whose token i is `tokens[i]`, followed by the end-of-text token.
+
+    Raises StoryLLMError unless the tokens are different and include all 256 bytes.
+    """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     if len(ranks) != len(tokens) or b"" in ranks or not all(bytes([byte]) in ranks for byte in range(256)):
         raise StoryLLMError(
@@ -122,7 +125,7 @@ def tokenizer_from_dict(values: dict[str, Any]) -> tiktoken.Encoding:
     """The tokenizer from `tokenizer_to_dict`, without network access. Raises StoryLLMError for any other dictionary."""
     try:
         tokens = [base64.b64decode(token, validate=True) for token in values["tokens"].split(" ")]
-        return _encoding(str(values["name"]), tokens)
+        return tokenizer_of(str(values["name"]), tokens)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise StoryLLMError("the vocabulary was not written by StoryLLM; prepare the data again") from error
 

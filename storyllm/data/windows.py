@@ -41,12 +41,15 @@ def evaluation_windows(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The windows of each split that every evaluation of a run reads: (eval_windows, block_size) inputs and targets.
 
-    Raises StoryLLMError if there are too few tokens for one window.
+    If the dataset has original data, its windows are under "original". Raises StoryLLMError if there are too few tokens
+    for one window.
     """
     rng = np.random.default_rng((EVALUATION, config.seed))
     windows = {}
-    for split in SPLITS:
-        tokens = dataset[split]
+    files = {split: dataset[split] for split in SPLITS}
+    if dataset.original is not None:
+        files["original"] = dataset.original
+    for split, tokens in files.items():
         with _prefix_errors(tokens.path):
             windows[split] = random_windows(tokens.ids, block_size, config.eval_windows, rng)
     return windows

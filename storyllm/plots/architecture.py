@@ -159,7 +159,7 @@ def _draw_block(axes: Axes, config: GPTConfig, counts: dict[str, int], block: in
         _Row(400, 20, "+"),
         _Row(449, 30, "LayerNorm", **layer_norm),
         _Row(500, 32, f"linear {width} → {hidden}", f"{counts['mlp.c_fc']:,}", **mlp),
-        _Row(543, 26, "GELU", **mlp),
+        _Row(543, 26, "GELU" if config.activation == "gelu" else "GELU (tanh approximation)", **mlp),
         _Row(586, 32, f"linear {hidden} → {width}", f"{counts['mlp.c_proj']:,}", **mlp),
         _Row(632, 20, "+"),
     )

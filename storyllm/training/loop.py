@@ -66,7 +66,13 @@ def train_step(
     return total_loss / windows, grad_norm
 
 
-def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | Path = "checkpoints") -> Log:
+def train(
+    recipe: Recipe,
+    data_dir: str | Path = "data",
+    checkpoint_dir: str | Path = "checkpoints",
+    init_from: str | Path | None = None,
+    original_data_dir: str | Path | None = None,
+) -> Log:
     """Trains a model on the data that `prepare` wrote to `data_dir`, and returns the log of the complete run.
 
     Writes `best_model_params.pt` (lowest validation loss), `last.pt` (the state to resume from) and `log.jsonl` to
@@ -74,24 +80,31 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
     bit). Ctrl-C, a notebook's stop button or SIGTERM saves, evaluates and returns, with the signal in the log's
     `interrupted`. A second one raises KeyboardInterrupt immediately; the last save remains.
 
+    A new run may start from another model: `init_from` is anything that `storyllm.load` accepts. Model fields then come
+    from that model, except dropout, flash_attention, gradient_checkpointing and block_size, which may be shorter. The
+    run remembers the model, so resuming it does not need `init_from`. With `original_data_dir`, the data of that model,
+    each evaluation also gives the bits per byte of its validation split, which rise as the model forgets it.
+
     Raises StoryLLMError if the data is missing or does not match, if the checkpoints belong to another run or are in
     use by another process, if another thread trains, if the loss is not finite, and if disk space or memory run out.
     """
     if not isinstance(recipe, Recipe):
         raise StoryLLMError(f"train got {type(recipe).__name__}, expected a Recipe; use storyllm.get_recipe(name)")
-    data = open_dataset(data_dir)
+    data = open_dataset(data_dir, original_data_dir)
     model_config = dataclasses.replace(recipe.model, vocab_size=data.train.info.vocab_size)
     recipe = Recipe(model=model_config, data=data.config, train=recipe.train)
     config = recipe.train
-    folder = RunFolder(checkpoint_dir, recipe, data)
+    folder = RunFolder(checkpoint_dir, recipe, data, init_from)
     with process_state(), folder.lock(), Interrupt() as interrupt, one_line_errors():
         # Resume the run in the folder, or start a new one.
         saved = folder.load()
+        torch.manual_seed(config.seed)
+        model = folder.create_model(saved)
+        recipe, model_config = folder.recipe, model.config
         device = resolve_device_config(config, model_config)
         if saved and config.micro_batch_size == "auto" and saved["device"] == device.device.type:
             device = dataclasses.replace(device, micro_batch_size=saved["micro_batch_size"])
-        torch.manual_seed(config.seed)
-        model = GPT(model_config).to(device.device)
+        model = model.to(device.device)
         optimizer = make_optimizer(model, config, device.dtype)
         execution = Execution(config, device, optimizer, interrupt, folder.log.warn)
         state = folder.restore(saved, model, execution) if saved else TrainState()
@@ -113,7 +126,7 @@ def train(recipe: Recipe, data_dir: str | Path = "data", checkpoint_dir: str | P
             folder.save(state, model, execution)
 
         with progress, folder.log.open(state.log_bytes) as log:  # truncated to what the saved state knows
-            log.write({"event": "run", "iteration": state.iteration, **describe_run(recipe, data, model, execution)})
+            log.write({"event": "run", "iteration": state.iteration, **describe_run(folder, model, execution)})
             last_save = time.monotonic()
             run_start = time.monotonic() - state.seconds
 
@@ -205,7 +218,8 @@ def estimate_loss(
 ) -> dict[str, float]:
     """The losses on both splits' evaluation windows, in nats per token, and the validation loss in bits per byte.
 
-    Never compiled: that would take longer than it saves.
+    If there is original data, also the bits per byte of its windows. Never compiled: that would take longer than it
+    saves.
     """
     model.eval()
 
@@ -216,7 +230,11 @@ def estimate_loss(
     train_loss, val_loss = (loss_on(split) for split in SPLITS)
     info = data.validation.info
     bpb = bits_per_byte(val_loss, info.tokens, info.bytes)
-    return {"train_loss": train_loss, "val_loss": val_loss, "val_bits_per_byte": bpb}
+    losses = {"train_loss": train_loss, "val_loss": val_loss, "val_bits_per_byte": bpb}
+    if data.original is not None:
+        info = data.original.info
+        losses["original_bits_per_byte"] = bits_per_byte(loss_on("original"), info.tokens, info.bytes)
+    return losses
 
 
 def update_windows(data: Dataset, recipe: Recipe, iteration: int) -> tuple[Tensor, Tensor]:
@@ -261,17 +279,18 @@ def dropout_seed(seed: int, iteration: int) -> int:
     return int(np.random.SeedSequence((DROPOUT, seed, iteration)).generate_state(1, np.uint64)[0]) >> 1  # int64
 
 
-def describe_run(recipe: Recipe, data: Dataset, model: GPT, execution: Execution) -> dict[str, Any]:
+def describe_run(folder: RunFolder, model: GPT, execution: Execution) -> dict[str, Any]:
     """The log's description of the run: recipe, data, device and versions."""
     device = execution.device
     return {
-        "recipe": recipe.to_dict(),
+        "recipe": folder.recipe.to_dict(),
+        "init_from": folder.started_from,
         "parameters": model.num_parameters(),
         "device": device.name,
         "dtype": str(device.dtype).removeprefix("torch."),
         "compiled": device.compile,
         "micro_batch_size": device.micro_batch_size,
         "device_description": device.description,
-        "data": {split: dataclasses.asdict(data[split].info) for split in SPLITS},
+        "data": {split: dataclasses.asdict(folder.data[split].info) for split in SPLITS},
         **describe_environment(),
     }

@@ -114,9 +114,11 @@ class Progress:
 
     def show_evaluation(self, iteration: int, losses: dict[str, float]) -> None:
         """Prints the losses of an evaluation."""
+        original = losses.get("original_bits_per_byte")
         self.print(
             f"iteration {iteration:>6,}: train loss {losses['train_loss']:.4f}, "
             f"val loss {losses['val_loss']:.4f} ({losses['val_bits_per_byte']:.3f} bits per byte)"
+            + ("" if original is None else f", original data {original:.3f} bits per byte")
         )
 
 

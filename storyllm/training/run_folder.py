@@ -11,18 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CorruptedCheckpointError, check_tied, load_checkpoint, model_contents, save_checkpoint
+from ..checkpoint import (
+    BEST,
+    CorruptedCheckpointError,
+    check_tied,
+    load_checkpoint,
+    mismatch_errors,
+    model_contents,
+    model_from_weights,
+    save_checkpoint,
+)
 from ..config import Recipe, StoryLLMError, TrainConfig
 from ..data.token_file import Dataset
 from ..files import earlier_version, lock_folder
 from ..model.gpt import GPT
 from .execution import Execution
+from .initial_model import RECIPE_FIELDS, check_same_initial_model, describe_initial_model, initial_model
 from .log import Log, LogWriter, read_log
 from .mirror import Mirror, Position
 from .optimizer import load_optimizer_state, lr_at
 from .trackers import Tracker
 
-BEST = "best_model_params.pt"
 LAST = "last.pt"
 LOG = "log.jsonl"
 
@@ -71,15 +80,17 @@ class TrainState:
 
 
 class RunFolder:
-    """The checkpoint folder of a run of `recipe` on `data`.
+    """The checkpoint folder of a run of `recipe` on `data`, which may start from the model in `init_from`.
 
     Raises StoryLLMError if the package that `report_to` needs is not installed, or if `mirror_dir` cannot be used.
     """
 
-    def __init__(self, path: str | Path, recipe: Recipe, data: Dataset) -> None:
+    def __init__(self, path: str | Path, recipe: Recipe, data: Dataset, init_from: str | Path | None = None) -> None:
         self.path = Path(path)
         self.recipe = recipe
         self.data = data
+        self.init_from = None if init_from is None else str(init_from)
+        self.started_from: dict[str, str] | None = None  # as `describe_initial_model` returned it
         self.last = self.path / LAST
         report_to = recipe.train.report_to
         tracker = None if report_to == "none" else Tracker(report_to, self.path, recipe)
@@ -127,6 +138,23 @@ class RunFolder:
                 return state.iteration, state.log_bytes
         return None
 
+    def create_model(self, saved: dict[str, Any] | None) -> GPT:
+        """The model of the run, on the CPU, with the weights it starts with if there is no `saved` state.
+
+        Sets the recipe's model and `started_from`. Raises StoryLLMError if `init_from` does not fit recipe and data.
+        """
+        if saved is None:
+            model = initial_model(self.recipe.model, self.data, self.init_from)
+            self.started_from = describe_initial_model(self.init_from) if self.init_from else None
+        elif saved["init_from"] is None:
+            model = GPT(self.recipe.model)
+        else:  # the shape is that of the saved weights
+            self.started_from = saved["init_from"]
+            with mismatch_errors(self.last):
+                model = model_from_weights(saved["recipe"].model, saved["model"])
+        self.recipe = dataclasses.replace(self.recipe, model=model.config)
+        return model
+
     def _newest_intact(self) -> dict[str, Any] | None:
         corrupted: dict[Path, CorruptedCheckpointError] = {}
         for version in saved_versions(self.last):
@@ -147,13 +175,16 @@ class RunFolder:
         return None
 
     def _validate(self, saved: dict[str, Any]) -> None:
-        """Raises StoryLLMError unless `saved` is a valid state of this run. Parses its "recipe" and "state"."""
+        """Raises StoryLLMError unless `saved` is a valid state of this run. Parses its recipe, state and init_from."""
         path = self.last
         if "optimizer" not in saved:
             raise StoryLLMError(f"{path} contains weights but no training state; use another checkpoint folder")
         try:
             saved["recipe"] = Recipe.from_dict(saved["recipe"])
             saved["state"] = TrainState.from_dict(saved["state"])
+            initial = saved["init_from"] = saved.get("init_from")  # missing in older states
+            if initial is not None and not type(initial["name"]) is type(initial["sha256"]) is str:
+                raise TypeError("init_from is invalid")
             same_data = saved["data_sha256"] == self.data.sha256
             if type(saved["device"]) is not str or type(saved["micro_batch_size"]) is not int:
                 raise TypeError("device or micro_batch_size is invalid")
@@ -165,12 +196,15 @@ class RunFolder:
             ) from error
         if not same_data:
             raise StoryLLMError(f"{path} belongs to a run on other data; use that data, or another checkpoint folder")
+        check_same_initial_model(initial, self.init_from, path)
         before, now = saved["recipe"].to_dict(), self.recipe.to_dict()
         changes = [
             f"{part}.{name} was {before[part][name]!r}, now {value!r}"
             for part in ("model", "train")
             for name, value in now[part].items()
-            if name not in RESUMABLE_CHANGES and before[part][name] != value
+            if name not in RESUMABLE_CHANGES
+            and before[part][name] != value
+            and not (initial and part == "model" and name not in RECIPE_FIELDS)  # those come from the initial model
         ]
         if changes:
             more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
@@ -237,6 +271,7 @@ class RunFolder:
                 "scaler": execution.scaler.state_dict(),
                 "state": dataclasses.asdict(state),
                 "data_sha256": self.data.sha256,
+                "init_from": self.started_from,
                 "device": execution.device.device.type,
                 "micro_batch_size": execution.device.micro_batch_size,
             },
@@ -254,7 +289,8 @@ class RunFolder:
         """Saves the model as best_model_params.pt. Raises StoryLLMError if the weights are not finite."""
         self.check_finite(model, iteration)
         contents = model_contents(model, self.data.tokenizer, self.recipe)
-        save_checkpoint(self.path / BEST, {**contents, "iteration": iteration, "val_loss": val_loss})
+        contents |= {"iteration": iteration, "val_loss": val_loss, "init_from": self.started_from}
+        save_checkpoint(self.path / BEST, contents)
 
     def check_finite(self, model: GPT, iteration: int) -> None:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):

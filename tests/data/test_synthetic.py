@@ -11,6 +11,7 @@ import pytest
 from storyllm import StoryLLMError
 from storyllm.data import synthetic
 from storyllm.data.synthetic import (
+    SPACE,
     TEMPLATES,
     Noun,
     choose,
@@ -32,6 +33,11 @@ def train() -> list[str]:
 @pytest.fixture(scope="module")
 def validation() -> list[str]:
     return list(synthetic_stories(0, "validation", 1_000))
+
+
+@pytest.fixture(scope="module")
+def space() -> list[str]:
+    return list(synthetic_stories(0, "train", 2_000, "space"))
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +90,15 @@ def test_openings(train: list[str], by_template: dict[str, list[tuple[str, str]]
         assert any(story.startswith("Once upon a time") for story, _ in stories)
 
 
-def test_text_has_only_plain_characters_and_spacing(train: list[str], validation: list[str]) -> None:
-    for story in train + validation:
+def test_text_has_only_plain_characters_and_spacing(train: list[str], validation: list[str], space: list[str]) -> None:
+    for story in train + validation + space:
         assert story == story.strip()
         assert not re.search(r"[^A-Za-z ,.?!'\"\n]", story), story  # no placeholder or choice is left
         assert not re.search(r"  | [,.?!]|[,.?!]{2}|(?<!\n)\n(?!\n)|\n{3}", story), story
 
 
-def test_sentences_begin_and_end(train: list[str], validation: list[str]) -> None:
-    for story in train + validation:
+def test_sentences_begin_and_end(train: list[str], validation: list[str], space: list[str]) -> None:
+    for story in train + validation + space:
         for paragraph in story.split("\n\n"):
             assert re.fullmatch(r'["A-Z].*[.!?]"?', paragraph), paragraph
             assert not re.search(r'[.!?] "?[a-z]|\." [a-z]', paragraph), paragraph
@@ -101,8 +107,8 @@ def test_sentences_begin_and_end(train: list[str], validation: list[str]) -> Non
             assert not re.search(r"\b(a|an|the|and|to|was|of|in|it) \1\b", paragraph), paragraph
 
 
-def test_quotation_marks_balance(train: list[str], validation: list[str]) -> None:
-    for story in train + validation:
+def test_quotation_marks_balance(train: list[str], validation: list[str], space: list[str]) -> None:
+    for story in train + validation + space:
         for paragraph in story.split("\n\n"):
             parts = paragraph.split('"')
             outside, inside = parts[::2], parts[1::2]
@@ -111,13 +117,13 @@ def test_quotation_marks_balance(train: list[str], validation: list[str]) -> Non
             assert all(text == "" or text[0] == " " for text in outside[1:]), paragraph
 
 
-def test_articles_agree_with_nouns(train: list[str]) -> None:
-    for article, word in re.findall(r"\b([Aa]n?) (\w+)", " ".join(train)):
+def test_articles_agree_with_nouns(train: list[str], space: list[str]) -> None:
+    for article, word in re.findall(r"\b([Aa]n?) (\w+)", " ".join(train + space)):
         assert (article.lower() == "an") == (word[0] in "aeiou"), f"{article} {word}"
 
 
-def test_hero_appears_at_the_beginning_and_the_end(train: list[str], validation: list[str]) -> None:
-    for story in train + validation:
+def test_hero_appears_at_the_beginning_and_the_end(train: list[str], validation: list[str], space: list[str]) -> None:
+    for story in train + validation + space:
         names = NAME.findall(story)
         assert len(set(names)) <= 2, story
         assert names[0] in ending(story), story
@@ -192,6 +198,50 @@ def test_every_table_row_is_complete_and_used(by_template: dict[str, list[tuple[
             assert all(row.values()), row
             subject = max(re.split(r"[\[\]/]|{color}", next(iter(row.values()))), key=len)
             assert subject in text, (name, subject)
+
+
+# The second genre
+
+
+def test_stories_about_space_are_varied_and_of_their_own(space: list[str], train: list[str]) -> None:
+    assert len(set(space)) > 0.99 * len(space)
+    assert not set(space) & set(train)
+    lengths = [len(story.split()) for story in space]
+    assert min(lengths) >= 100 and max(lengths) <= 250
+    words, everyday = (set(re.findall("[a-z]+", " ".join(stories).lower())) for stories in (space, train))
+    assert {"rocket", "planet", "robot", "moon", "space"} <= words and len(words - everyday) > 150
+    assert not set(space) & set(synthetic_stories(0, "validation", 100, "space"))
+
+
+@pytest.mark.parametrize(
+    ("template", "subject", "times"),
+    [
+        ("repair", r"wanted to fly to (the [a-z ]+)\.", 2),
+        ("repair", r'"My ([a-z ]+) is broken!"', 2),
+        ("language", r'"([A-Z]\w+(?: \w+)?)," said', 3),
+        ("star", r"You belong to the (\w+)!", 4),
+        ("race", r"The prize was (an? [a-z ]+|three [a-z ]+)\.", 2),
+        ("garden", r"It was the seed of an? ([a-z ]+)\.", 3),
+        ("garden", r'"It needs ([a-z ]+)!"', 1),
+        ("homesick", r'"I miss (the [a-z ]+),"', 2),
+    ],
+)
+def test_a_story_about_space_keeps_to_its_subject(template: str, subject: str, times: int) -> None:
+    found = 0
+    for i in range(200):
+        story = story_from_template(random.Random(f"{template}/{i}"), template, SPACE)
+        if match := re.search(subject, story):
+            assert story.count(match[1]) >= times, story
+            found += 1
+    assert found > 50
+
+
+@pytest.mark.parametrize("template", SPACE.templates)
+def test_every_row_of_the_second_genre_is_used(template: str) -> None:
+    text = " ".join(story_from_template(random.Random(f"{template}/{i}"), template, SPACE) for i in range(300))
+    for row in (row for rows in SPACE.templates[template][1] for row in rows):
+        assert all(row.values()), row
+        assert next(iter(row.values())) in text, row
 
 
 def test_choices_are_nested_and_may_be_empty() -> None:

@@ -46,6 +46,7 @@ def test_state_dict_has_the_names_of_gpt2(make_model, bias):
         {"n_layer": 3, "n_head": 4, "n_embd": 64},
         {"block_size": 32, "n_head": 1, "vocab_size": 331},
         {"flash_attention": False, "n_layer": 1},
+        {"activation": "gelu_tanh"},
     ],
 )
 def test_logits_equal_those_of_transformers_gpt2(make_model, random_ids, changes):
@@ -59,7 +60,7 @@ def test_logits_equal_those_of_transformers_gpt2(make_model, random_ids, changes
             n_embd=config.n_embd,
             n_layer=config.n_layer,
             n_head=config.n_head,
-            activation_function="gelu",  # the exact one
+            activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.activation],
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -70,7 +71,7 @@ def test_logits_equal_those_of_transformers_gpt2(make_model, random_ids, changes
     reference.load_state_dict({n: t.T if n.endswith(transposed) else t for n, t in model.state_dict().items()})
     idx = random_ids(3, config.block_size)
     with torch.no_grad():
-        torch.testing.assert_close(model(idx)[0], reference(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(idx)[0], reference(idx).logits, atol=1e-5, rtol=0)  # sees the kind of GELU
 
 
 def test_head_and_token_embedding_share_one_parameter(make_model):

@@ -16,6 +16,7 @@ from storyllm.plots.architecture import count_parameters
 CONFIGS = {
     **{name: recipe.model for name, recipe in RECIPES.items()},
     "no bias": GPTConfig(bias=False),
+    "tanh": GPTConfig(activation="gelu_tanh"),
     "huge": GPTConfig(vocab_size=250_000, block_size=131_072, n_layer=120, n_head=128, n_embd=16_384, dropout=0.125),
     "tiny": GPTConfig(vocab_size=2, block_size=1, n_layer=1, n_head=1, n_embd=1, dropout=0.0),
 }
@@ -45,6 +46,11 @@ def test_parameter_counts_follow_the_closed_formula(name):
     for kind, total in totals.items():
         assert kind in text and f"{total:,}" in text, kind
     assert f"{sum(totals.values()):,} parameters" in text
+
+
+@pytest.mark.parametrize(("name", "label"), [("faithful", "GELU"), ("tanh", "GELU (tanh approximation)")])
+def test_the_activation_is_named(name, label):
+    assert label in figure_text(plot_architecture(CONFIGS[name])).splitlines()
 
 
 @pytest.mark.parametrize("bias", [True, False])

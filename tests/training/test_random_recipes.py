@@ -38,6 +38,7 @@ VALUES = {
     "model.n_embd": st.sampled_from([8, 16]),
     "model.dropout": st.sampled_from([0.0, 0.1, 0.5]),
     "model.bias": st.booleans(),
+    "model.activation": st.sampled_from(["gelu", "gelu_tanh"]),
     "model.flash_attention": st.booleans(),
     "model.embedding_std": st.floats(0.01, 1),  # with 0, the seed would not matter
     "model.position_std": st.floats(0.01, 1),
@@ -161,6 +162,7 @@ EFFECTS = {
     "model.n_embd": (16, "changed"),
     "model.dropout": (0.2, "changed"),
     "model.bias": (False, "changed"),
+    "model.activation": ("gelu_tanh", "changed"),
     "model.flash_attention": (False, "rounding"),
     "model.embedding_std": (0.5, "changed"),
     "model.position_std": (0.1, "changed"),
@@ -175,6 +177,7 @@ EFFECTS = {
     "data.clean": (True, "same"),
     "data.synthetic_stories": (7, "same"),
     "data.synthetic_seed": (7, "same"),
+    "data.synthetic_genre": ("space", "same"),
     "train.max_iters": (7, "changed"),
     "train.stop_at": (4, "changed"),
     "train.batch_size": (3, "changed"),
