@@ -161,7 +161,8 @@ def model_from_weights(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
         model = GPT(config)
     if not all(weight.dtype == torch.float32 for weight in weights.values()):
         raise StoryLLMError("the weights are not float32")
-    model.load_state_dict(weights, assign=True)
+    # A copy: `assign` changes the metadata of a state dict, and loading it again would assign, too.
+    model.load_state_dict(dict(weights), assign=True)
     check_tied(weights)
     model.tie_weights()
     return model.eval()

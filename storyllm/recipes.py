@@ -70,13 +70,16 @@ RECIPES: dict[str, Recipe] = {
     "small-vocab": Recipe(
         model=GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.0),
         data=DataConfig(tokenizer="bpe:4096"),
-        train=dataclasses.replace(_FAST.train, max_iters=30_000, eval_interval="auto"),
+        train=dataclasses.replace(_FAST.train, max_iters=30_000, eval_interval=1_000),
     ),
     # From nothing to a readable story within a few minutes on two CPU cores, without a network connection.
     "demo": _DEMO,
     # The model and data of `demo` with the settings of `fast` and a third of the tokens.
     "demo-fast": dataclasses.replace(
-        _DEMO, train=dataclasses.replace(_FAST.train, max_iters=1_200, batch_size=4, sample_interval=200)
+        _DEMO,
+        train=dataclasses.replace(
+            _FAST.train, max_iters=1_200, batch_size=4, warmup_iters=60, eval_interval=120, sample_interval=200
+        ),
     ),
     # Starts from another model (--init-from), whose shape replaces this one, and keeps its context of at most 256.
     "finetune": Recipe(
