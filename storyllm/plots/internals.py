@@ -84,7 +84,7 @@ def plot_position_similarity(model: GPT, out: str | Path | None = None) -> Figur
 
     The figure is saved to `out` if given, in the format of its suffix.
     """
-    positions = F.normalize(model.transformer["wpe"].weight.detach().float().cpu(), dim=-1)
+    positions = F.normalize(model.state_dict()["transformer.wpe.weight"].float().cpu(), dim=-1)
     with house_style():
         figure = new_figure(5, 4.2)
         axes = figure.subplots()
@@ -113,6 +113,6 @@ def _nearest(storyteller: Storyteller, token: str, count: int) -> str:
     ids = tokenizer.encode_ordinary(token)
     if len(ids) != 1:
         raise StoryLLMError(f"{token!r} is {len(ids)} tokens, must be one; choose another word, with its space")
-    embeddings = F.normalize(storyteller.model.transformer["wte"].weight.detach().float(), dim=-1)
+    embeddings = F.normalize(storyteller.model.state_dict()["transformer.wte.weight"].float(), dim=-1)
     nearest = (embeddings @ embeddings[ids[0]]).topk(min(count + 1, len(embeddings))).indices.tolist()
     return " ".join(repr(tokenizer.decode([other]))[1:-1].strip() for other in nearest if other != ids[0])
