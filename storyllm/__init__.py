@@ -11,7 +11,10 @@ from .export.hugging_face import export_hugging_face, push_to_hub
 from .model.gpt import GPT
 from .model.sampling import next_token_probs
 from .plots.architecture import plot_architecture
+from .plots.internals import nearest_tokens, plot_attention, plot_position_similarity
 from .plots.loss_curves import plot_losses, plot_runs
+from .plots.predictions import plot_loss_by_position, plot_next_tokens
+from .plots.text import plot_nearest_story, plot_surprisal, plot_tokens
 from .recipes import RECIPES, get_recipe
 from .storyteller import Storyteller, load, wrap
 from .training.log import Log, read_log
@@ -39,11 +42,19 @@ __all__ = [
     "load",
     "load_tokenizer",
     "lr_at",
+    "nearest_tokens",
     "next_token_probs",
     "open_token_file",
     "plot_architecture",
+    "plot_attention",
+    "plot_loss_by_position",
     "plot_losses",
+    "plot_nearest_story",
+    "plot_next_tokens",
+    "plot_position_similarity",
     "plot_runs",
+    "plot_surprisal",
+    "plot_tokens",
     "prepare",
     "push_to_hub",
     "read_log",

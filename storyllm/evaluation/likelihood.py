@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import StoryLLMError
-from ..data.token_file import open_token_file
+from ..data.token_file import TokenFile, open_token_file
 from ..data.tokenizer import tokenizer_hash
 from ..data.windows import sequential_windows
 from ..device import DeviceConfig
@@ -38,6 +38,17 @@ def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
     return loss * tokens / math.log(2) / max(1, text_bytes)
 
 
+def open_tokens_of(storyteller: Storyteller, data: str | Path) -> TokenFile:
+    """Opens a `.bin` file. Raises StoryLLMError unless it was prepared with the storyteller's tokenizer."""
+    tokens = open_token_file(data)
+    if tokens.info.tokenizer_hash != tokenizer_hash(storyteller.tokenizer):
+        raise StoryLLMError(
+            f"{data} uses the tokenizer {tokens.info.tokenizer} ({tokens.info.vocab_size} tokens), the model uses "
+            f"another, {storyteller.tokenizer.name} ({storyteller.tokenizer.n_vocab}); prepare the data with that one"
+        )
+    return tokens
+
+
 @torch.no_grad()
 def evaluate(storyteller: Storyteller, data: str | Path) -> Report:
     """The loss over a complete `.bin` file, in float32 and deterministic.
@@ -49,12 +60,7 @@ def evaluate(storyteller: Storyteller, data: str | Path) -> Report:
         raise StoryLLMError(
             f"evaluate got {type(storyteller).__name__}, expected a Storyteller; use storyllm.load(path)"
         )
-    tokens = open_token_file(data)
-    if tokens.info.tokenizer_hash != tokenizer_hash(storyteller.tokenizer):
-        raise StoryLLMError(
-            f"{data} uses the tokenizer {tokens.info.tokenizer} ({tokens.info.vocab_size} tokens), the model uses "
-            f"another, {storyteller.tokenizer.name} ({storyteller.tokenizer.n_vocab}); prepare the data with that one"
-        )
+    tokens = open_tokens_of(storyteller, data)
     if len(tokens.ids) < 2:
         raise StoryLLMError(f"{data} has {len(tokens.ids)} token, needs at least 2; prepare more stories")
     model = storyteller.model
