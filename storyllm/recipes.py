@@ -28,6 +28,7 @@ _FAST = Recipe(
         grad_clip=0.0,
         eval_interval=244,
         eval_windows=256,
+        sample_interval=488,
     ),
 )
 
@@ -70,7 +71,7 @@ RECIPES: dict[str, Recipe] = {
     "small-vocab": Recipe(
         model=GPTConfig(vocab_size=4096, block_size=256, n_layer=6, n_head=4, n_embd=256, dropout=0.0),
         data=DataConfig(tokenizer="bpe:4096"),
-        train=dataclasses.replace(_FAST.train, max_iters=30_000, eval_interval=1_000),
+        train=dataclasses.replace(_FAST.train, max_iters=30_000, eval_interval=1_000, sample_interval=5_000),
     ),
     # From nothing to a readable story within a few minutes on two CPU cores, without a network connection.
     "demo": _DEMO,

@@ -15,7 +15,8 @@ import storyllm
 
 NOTEBOOK = Path(__file__).parents[1] / "StoryLLM.ipynb"
 README = NOTEBOOK.with_name("README.md")
-FIGURES = ["architecture", "curves", "compare"]
+FIGURES = ["token-colors", "architecture", "curves", "predictions", "surprisal", "positions", "attention", "similarity"]
+FIGURES += ["nearest", "compare"]
 
 
 def code_cells(notebook):
@@ -71,7 +72,7 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     target = run_notebook(NOTEBOOK, tmp_path / "run", {"recipe_name": "demo", "overrides": overrides, **folders})
     notebook = nbformat.read(target, as_version=4)
     assert_complete(notebook)
-    for cell_id in ("train", "second-train"):
+    for cell_id in ("train", "second-train", "finetune"):
         assert "iteration     30" in printed(notebook, cell_id)
     assert printed(notebook, "story").startswith("Once upon a time there was a pumpkin.")
     assert printed(notebook, "temperatures").count("Once upon a time") >= 4
