@@ -37,7 +37,8 @@ def export_hugging_face(checkpoint: str | Path, folder: str | Path, overwrite: b
     with atomic_folder(folder, replace=FILES if overwrite else ()) as part:
         loaded = load_model(checkpoint)
         config, end_of_text = loaded.model.config, loaded.tokenizer.eot_token
-        safetensors.torch.save_file(_weights(loaded.model), part / WEIGHTS, {"format": "pt"})
+        # `save_file` would make it readable by its owner only.
+        (part / WEIGHTS).write_bytes(safetensors.torch.save(_weights(loaded.model), {"format": "pt"}))
         contents = {
             CONFIG: _config(config, end_of_text),
             TOKENIZER: tokenizer_to_json(loaded.tokenizer),

@@ -221,9 +221,9 @@ def test_stories_about_space_are_varied_and_of_their_own(space: list[str], train
         ("language", r'"([A-Z]\w+(?: \w+)?)," said', 3),
         ("star", r"You belong to the (\w+)!", 4),
         ("race", r"The prize was (an? [a-z ]+|three [a-z ]+)\.", 2),
-        ("garden", r"It was the seed of an? ([a-z ]+)\.", 3),
+        ("garden", r"It was the seed of an? ([a-z ]+)\.", 2),
         ("garden", r'"It needs ([a-z ]+)!"', 1),
-        ("homesick", r'"I miss (the [a-z ]+),"', 2),
+        ("homesick", r'"I miss (the [a-z ]+),"', 1),
     ],
 )
 def test_a_story_about_space_keeps_to_its_subject(template: str, subject: str, times: int) -> None:

@@ -98,6 +98,10 @@ def test_an_export_comes_back(exported, tiny_run):
 # Model card
 
 
+def test_all_files_of_an_export_have_the_same_permissions(exported):
+    assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
+
+
 def test_the_model_card_describes_the_run(exported, tiny_run, tiny_data):
     assert {path.name for path in exported.iterdir()} == FILES
     card = (exported / "README.md").read_text()

@@ -166,7 +166,7 @@ def test_runs_are_plotted_over_tokens_and_minutes():
     logs = {"faithful": make_log(1_000, 100, "faithful"), "$small$": make_log(1_000, 50, "small-vocab")}
     figure = plot_runs(logs)
     by_tokens, by_minutes = figure.axes
-    for position, (log, tokens_per_iteration) in enumerate(zip(logs.values(), (32 * 128, 16 * 256), strict=True)):
+    for position, (log, tokens_per_iteration) in enumerate(zip(logs.values(), (32 * 128, 8 * 256), strict=True)):
         points = log.evaluations[1:]  # iteration 0 has no place on a logarithmic axis
         tokens, minutes = by_tokens.lines[position], by_minutes.lines[position]
         assert list(tokens.get_xdata()) == [e["iteration"] * tokens_per_iteration / 1e6 for e in points]
@@ -175,7 +175,7 @@ def test_runs_are_plotted_over_tokens_and_minutes():
             assert list(line.get_ydata()) == [e["val_bits_per_byte"] for e in points]
     best = logs["$small$"].evaluations[-1]
     (label,) = [text.get_text() for text in figure.legends[0].get_texts() if text.get_text().startswith("$small$")]
-    values = (f"{best['val_bits_per_byte']:.3f} bits per byte", f"{best['val_loss']:.2f} nats/token", "4.1M", "5.0 min")
+    values = (f"{best['val_bits_per_byte']:.3f} bits per byte", f"{best['val_loss']:.2f} nats/token", "2M", "5.0 min")
     for value in values:
         assert value in label
 
