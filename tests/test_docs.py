@@ -100,7 +100,8 @@ def test_the_training_settings_table_has_the_settings_of_the_recipes():
         assert cells["schedule"][column].startswith(train.schedule)
         if train.schedule == "wsd":
             assert f"`decay_fraction` {train.decay_fraction}" in cells["schedule"][column]
-        rates = [float(rate) for rate in re.findall(r"\b\d(?:e-\d)?\b", cells["learning rate (Muon: 0.3 of it)"][column])]
+        rate = cells["learning rate (Muon: 0.3 of it)"][column]
+        rates = [float(number) for number in re.findall(r"\b\d(?:e-\d)?\b", rate)]
         assert rates == [train.learning_rate, train.min_lr]
         assert train.optimizer != "muon" or train.muon_lr_scale == 0.3
         assert float(cells["dropout"][column]) == model.dropout
@@ -183,7 +184,7 @@ def test_the_repository_has_one_address():
     assert f"REPOSITORY=https://github.com/{address}\n" in PAGES["README.md"]
     notebook = f"github.com/{address}/blob/main/StoryLLM.ipynb"
     for link in links("README.md"):
-        if link.startswith("https://colab.research.google.com/"):
+        if link.startswith("https://colab.research.google.com/github"):
             assert link == f"https://colab.research.google.com/{notebook.replace('.com', '')}"
         if link.startswith("https://kaggle.com/kernels/"):
             assert link == f"https://kaggle.com/kernels/welcome?src=https://{notebook}"
