@@ -6,6 +6,7 @@ from .data.prepare import prepare
 from .data.stories import read_stories
 from .data.token_file import load_tokenizer, open_token_file, verify
 from .evaluation.likelihood import Report, evaluate
+from .export.web_page import export_page, playground
 from .model.gpt import GPT
 from .model.sampling import next_token_probs
 from .plots.architecture import plot_architecture
@@ -30,12 +31,14 @@ __all__ = [
     "Storyteller",
     "TrainConfig",
     "evaluate",
+    "export_page",
     "get_recipe",
     "load",
     "load_tokenizer",
     "lr_at",
     "next_token_probs",
     "open_token_file",
+    "playground",
     "plot_architecture",
     "plot_losses",
     "plot_runs",

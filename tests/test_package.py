@@ -29,6 +29,7 @@ evaluation.likelihood
 training.muon training.optimizer training.interrupt training.log training.execution training.progress
 training.run_folder training.loop
 plots.style plots.loss_curves plots.architecture
+export.web_page
 __init__ cli __main__
 """.split()
 FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name))
