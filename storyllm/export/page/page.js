@@ -21,8 +21,9 @@ function create(name, properties = {}, ...children) {
 
 // The worker
 
-const source = element("engine").textContent;
-const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })), { type: "module" });
+// A file:// page may not start a worker that is a module, only a script, which exports nothing.
+const source = element("engine").textContent.replace(/^export /gm, "");
+const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
 const calls = new Map(); // id -> {resolve, reject, onToken}
 let lastCall = 0;
 
@@ -41,7 +42,7 @@ worker.onmessage = ({ data: { id, token, result, error } }) => {
   if (error === undefined) resolve(result);
   else reject(new Error(error));
 };
-worker.onerror = (event) => showStatus(`The model cannot run in this browser: ${event.message ?? "no module workers"}`);
+worker.onerror = (event) => showStatus(`The model cannot run in this browser: ${event.message}`);
 
 const loaded = call("load", [element("model-file").textContent]);
 element("model-file").remove(); // the worker has its own copy
