@@ -9,26 +9,36 @@ export async function loadModel(bytes) {
   const buffer = await new Response(stream).arrayBuffer();
   const length = new DataView(buffer).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+  const array = (type, offset, size) => new type(buffer, 4 + length + offset, size);
   const tensors = {};
   for (const [name, { shape, dtype, offset, scale }] of Object.entries(header.tensors)) {
-    const start = 4 + length + offset, size = shape.reduce((a, b) => a * b);
-    const data = dtype === "int8" ? new Int8Array(buffer, start, size)
-      : dtype === "float16" ? fromFloat16(new Uint16Array(buffer, start, size))
-      : new Float32Array(buffer, start, size);
-    const ones = () => new Float32Array(shape[0]).fill(1);
-    tensors[name] = { data, scale: dtype === "int8" ? new Float32Array(buffer, 4 + length + scale, shape[0]) : ones() };
+    const [rows] = shape, size = shape.reduce((a, b) => a * b);
+    let data = array({ int8: Int8Array, float16: Uint16Array, float32: Float32Array }[dtype], offset, size);
+    if (dtype === "int8") data = fromInt8(data, array(Float32Array, scale, rows));
+    if (dtype === "float16") data = fromFloat16(data);
+    tensors[name] = { data, rows };
   }
   const model = new GPT(header.config, tensors);
   return { model, tokenizer: new Tokenizer(header.vocabulary), info: header.info };
 }
 
+/** int8 numbers times the scale of their row, as float32: arithmetic with int8 is slower. */
+function fromInt8(integers, scales) {
+  const numbers = new Float32Array(integers.length), columns = numbers.length / scales.length;
+  for (let row = 0, i = 0; row < scales.length; row++) {
+    for (const end = i + columns; i < end; i++) numbers[i] = integers[i] * scales[row];
+  }
+  return numbers;
+}
+
 /** IEEE 754 half-precision numbers as float32. Finite numbers only. */
 function fromFloat16(halves) {
-  const table = Float32Array.from({ length: 65536 }, (_, bits) => {
+  const numbers = new Float32Array(halves.length), table = Float32Array.from({ length: 65536 }, (_, bits) => {
     const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
     return sign * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24);
   });
-  return Float32Array.from(halves, (bits) => table[bits]);
+  for (let i = 0; i < numbers.length; i++) numbers[i] = table[halves[i]];
+  return numbers;
 }
 
 // Text <-> token ids
@@ -132,12 +142,9 @@ export class GPT {
   /** The T ids after the cached tokens to their (T, C) final hidden states. */
   hidden(ids, cache) {
     const T = ids.length, C = this.config.n_embd, x = new Float64Array(T * C);
-    const wte = this.tensors["transformer.wte.weight"], wpe = this.tensors["transformer.wpe.weight"];
+    const { data: wte } = this.tensors["transformer.wte.weight"], { data: wpe } = this.tensors["transformer.wpe.weight"];
     ids.forEach((id, t) => {
-      const position = cache.length + t;
-      for (let c = 0; c < C; c++) {
-        x[t * C + c] = wte.data[id * C + c] * wte.scale[id] + wpe.data[position * C + c] * wpe.scale[position];
-      }
+      for (let c = 0; c < C; c++) x[t * C + c] = wte[id * C + c] + wpe[(cache.length + t) * C + c];
     });
     for (let layer = 0; layer < this.config.n_layer; layer++) {
       const block = `transformer.h.${layer}`;
@@ -201,42 +208,26 @@ export class GPT {
 
   /** (T, n) times the transposed (out, n) weight, plus the bias: (T, out). Nearly all the time is spent here. */
   linear(name, x) {
-    const { data, scale } = this.tensors[`${name}.weight`], bias = this.tensors[`${name}.bias`]?.data;
-    const out = scale.length, n = data.length / out, T = x.length / n;
-    const y = new Float64Array(T * out), row = new Float64Array(n);
+    const { data: weight, rows: out } = this.tensors[`${name}.weight`], bias = this.tensors[`${name}.bias`]?.data;
+    const n = weight.length / out, T = x.length / n, y = new Float64Array(T * out);
     for (let o = 0; o < out; o++) {
-      if (T > 1) row.set(data.subarray(o * n, (o + 1) * n)); // converts each weight to a double once, not T times
-      for (let t = 0; t < T; t++) {
-        const sum = T > 1 ? dot(x, t * n, row, n) : dotOnce(x, data, o * n, n);
-        y[t * out + o] = sum * scale[o] + (bias ? bias[o] : 0);
-      }
+      for (let t = 0; t < T; t++) y[t * out + o] = dot(x, t * n, weight, o * n, n) + (bias ? bias[o] : 0);
     }
     return y;
   }
 }
 
-// The same loop twice: each is fast because it sees one type of array. Independent sums run in parallel in the CPU.
-function dot(x, start, row, n) {
-  let a = 0, b = 0, c = 0, d = 0, i = 0;
-  for (; i + 3 < n; i += 4) {
-    a += x[start + i] * row[i];
-    b += x[start + i + 1] * row[i + 1];
-    c += x[start + i + 2] * row[i + 2];
-    d += x[start + i + 3] * row[i + 3];
+/** The product of the rows x[i, i + n) and w[j, j + n). The CPU computes the four independent sums in parallel. */
+function dot(x, i, w, j, n) {
+  let a = 0, b = 0, c = 0, d = 0;
+  const end = i + n - (n % 4);
+  for (; i < end; i += 4, j += 4) {
+    a += x[i] * w[j];
+    b += x[i + 1] * w[j + 1];
+    c += x[i + 2] * w[j + 2];
+    d += x[i + 3] * w[j + 3];
   }
-  for (; i < n; i++) a += x[start + i] * row[i];
-  return a + b + c + d;
-}
-
-function dotOnce(x, weights, start, n) {
-  let a = 0, b = 0, c = 0, d = 0, i = 0;
-  for (; i + 3 < n; i += 4) {
-    a += x[i] * weights[start + i];
-    b += x[i + 1] * weights[start + i + 1];
-    c += x[i + 2] * weights[start + i + 2];
-    d += x[i + 3] * weights[start + i + 3];
-  }
-  for (; i < n; i++) a += x[i] * weights[start + i];
+  for (let rest = 0; rest < n % 4; rest++) a += x[i + rest] * w[j + rest];
   return a + b + c + d;
 }
 
@@ -281,17 +272,18 @@ export function nextTokenProbs(logits, { temperature = 1, topK = null, topP = nu
   let probs = softmax(logits.map((logit) => (logit - largest) / Math.max(temperature, 1e-30)));
   if (topK !== null && topK < probs.length) probs = keepMostLikely(probs, topK);
   if (topP !== null && topP < 1) {
-    const sorted = probs.slice().sort(); // ascending
+    // Tokens below (1 - topP) / V together hold less than 1 - topP, so only the others need sorting.
+    const sorted = probs.filter((p) => p > (0.5 * (1 - topP)) / probs.length).sort();
     let kept = 0;
-    for (let sum = 0; kept < probs.length && sum < topP; kept++) sum += sorted[probs.length - 1 - kept];
-    probs = keepMostLikely(probs, kept);
+    for (let sum = 0; kept < sorted.length && sum < topP; kept++) sum += sorted[sorted.length - 1 - kept];
+    probs = keepMostLikely(probs, kept, sorted);
   }
   return probs;
 }
 
 /** The distribution of exactly the k most likely tokens, even with ties; of tied ones, the first. */
-function keepMostLikely(probs, k) {
-  const smallest = probs.slice().sort()[probs.length - k];
+function keepMostLikely(probs, k, sorted = probs.slice().sort()) {
+  const smallest = sorted[sorted.length - k];
   let ties = k - probs.reduce((count, p) => count + (p > smallest), 0);
   const kept = probs.map((p) => (p > smallest || (p === smallest && ties-- > 0) ? p : 0));
   const sum = kept.reduce((a, b) => a + b);

@@ -264,7 +264,7 @@ async function showCandidates() {
   const rows = await call("candidates", [index, settings()]);
   if (index !== selected) return; // another token has been selected meanwhile
   const { text, surprisal } = tokens[index], chosen = rows.find((row) => row.isChosen);
-  caption.textContent = `Instead of “${visible(text)}”: surprisal ${surprisal.toFixed(2)} nats, `
+  caption.textContent = `“${visible(text)}”: surprisal ${surprisal.toFixed(2)} nats, `
     + `${chosen.rank === 1 ? "the most likely token" : `number ${count(chosen.rank)} by probability`}.`;
   list.replaceChildren(...rows.map(({ text, isEnd, isChosen, own, prob, rank }) => {
     const bar = create("span", { className: "bar", ariaHidden: "true" }, create("i"), create("b"));
@@ -339,7 +339,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawHeatMa
 // About the model
 
 function facts(list, entries) {
-  list.replaceChildren(...entries.flatMap(([name, value]) => [create("dt", {}, name), create("dd", {}, value)]));
+  list.replaceChildren(...entries.flatMap(([name, value]) => [create("dt", { className: name.toLowerCase() }, name), create("dd", {}, value)]));
 }
 
 function showModel() {
@@ -388,8 +388,8 @@ function drawCurve(evaluations) {
     draw("text", { x: left - 4, y: y(loss) + 3, "text-anchor": "end" }, loss.toFixed(1));
   }
   draw("text", { x: right, y: bottom + 14, "text-anchor": "end" }, `${count(end)} iterations`);
-  for (const name of ["train_loss", "val_loss"]) {
-    draw("polyline", { class: name, points: evaluations.map((e) => `${x(e.iteration)},${y(e[name])}`).join(" ") });
+  for (const [name, label] of [["train_loss", "training"], ["val_loss", "validation"]]) {
+    draw("polyline", { class: label, points: evaluations.map((e) => `${x(e.iteration)},${y(e[name])}`).join(" ") });
   }
   svg.setAttribute("aria-label", `Training and validation loss from ${high.toFixed(2)} to `
     + `${evaluations.at(-1).val_loss.toFixed(2)} nats per token`);

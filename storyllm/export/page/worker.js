@@ -22,7 +22,8 @@ function promptIds(prompt) {
 
 const methods = {
   async load(base64) {
-    const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+    const characters = atob(base64), bytes = new Uint8Array(characters.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
     let info;
     ({ model, tokenizer, info } = await loadModel(bytes));
     return { ...info, config: model.config };
