@@ -67,8 +67,8 @@ def playground(storyteller: Storyteller | str | Path, weights: str = "int8", hei
         raise StoryLLMError(f"height is {shown(height)}, must be a positive integer (pixels)")
     page = html.escape(_page(storyteller, weights))
     # The sandbox keeps the page's script away from the notebook. Jupyter warns if the output begins with <iframe.
-    style = f"width: 100%; height: {height}px; border: 0"
-    return HTML(f'<div><iframe title="StoryLLM" sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe></div>')
+    attributes = f'sandbox="allow-scripts allow-forms" style="width: 100%; height: {height}px; border: 0"'
+    return HTML(f'<div><iframe title="StoryLLM" {attributes} srcdoc="{page}"></iframe></div>')
 
 
 def _page(source: Storyteller | str | Path, weights: str) -> str:
@@ -78,7 +78,8 @@ def _page(source: Storyteller | str | Path, weights: str) -> str:
     parts = {file.name: file.read_text(encoding="utf-8") for file in _folder().iterdir() if file.is_file()}
     style, script = parts["page.css"], parts["page.js"]
     values = {
-        "POLICY": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; worker-src blob:",
+        "POLICY": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; worker-src blob:; "
+        "base-uri 'none'; form-action 'none'",
         "STYLE": style,
         # Everything that comes from the checkpoint is in here, as base64: no text in it can change the page.
         "MODEL": base64.b64encode(model_file(storyteller, weights, info)).decode(),

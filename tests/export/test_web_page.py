@@ -246,7 +246,7 @@ def test_converted_weights_and_other_objects_are_rejected(tiny_run, tmp_path):
 
 def test_a_playground_shows_the_page_in_a_notebook(storyteller):
     output = playground(storyteller, height=500).data
-    assert 'sandbox="allow-scripts"' in output and "height: 500px" in output
+    assert 'sandbox="allow-scripts allow-forms"' in output and "height: 500px" in output
     assert output.count("<iframe") == 1 and "<script" not in output
     with pytest.raises(StoryLLMError, match="height is 0, must be a positive integer"):
         playground(storyteller, height=0)
