@@ -1,7 +1,7 @@
 """A trained model as one HTML file that generates stories in a browser, without a network.
 
-The file contains the weights, the vocabulary and the parts in the folder `page`: the engine, which runs in a worker, and
-the page's HTML, CSS and script.
+The file contains the weights, the vocabulary and what is in the folder `page`: the engine, which runs in a worker, and
+the HTML, CSS and script of the page.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def export_page(
 
     `storyteller` is a Storyteller or the path of a checkpoint. Only a checkpoint has a recipe for the page to show, and
     losses, if the log of the run is in the same folder. `weights` is "int8", with a scale for each row of a matrix, or
-    "float16", which is exact to 3 digits and twice as large. Raises StoryLLMError if the file exists, unless `overwrite`,
-    and if the weights are not finite or not float32.
+    "float16", which is exact to 3 digits and twice as large. Raises StoryLLMError if the file exists, unless
+    `overwrite`, and if the weights are not finite or not float32.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -83,7 +83,7 @@ def _page(source: Storyteller | str | Path, weights: str) -> str:
         "STYLE": style,
         # Everything that comes from the checkpoint is in here, as base64: no text in it can change the page.
         "MODEL": base64.b64encode(model_file(storyteller, weights, info)).decode(),
-        "ENGINE": parts["engine.js"] + parts["worker.js"],
+        "WORKER": parts["engine.js"] + parts["load.js"] + parts["worker.js"],
         "SCRIPT": script,
     }
     page = parts["page.html"]
@@ -137,7 +137,7 @@ def _evaluations(path: Path, recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def model_file(storyteller: Storyteller, weights: str, info: dict[str, Any]) -> bytes:
-    """The weights, the vocabulary and `info` in one compressed file, as `loadModel` in page/engine.js reads it.
+    """The weights, the vocabulary and `info` in one compressed file, as `loadModel` in page/load.js reads it.
 
     Compressed with gzip: the length of the header (4 bytes, little-endian), the header in JSON, the arrays. Each array
     begins at a multiple of 4 bytes; the header holds its offset from the end of the header. Raises StoryLLMError if the

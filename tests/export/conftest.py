@@ -60,7 +60,8 @@ def in_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., 
     if int(subprocess.run([node, "--version"], capture_output=True, text=True).stdout[1:].split(".")[0]) < 18:
         pytest.skip("Node is older than version 18")
     folder = tmp_path_factory.mktemp("node")
-    shutil.copy(Path(storyllm.__file__).parent / "export" / "page" / "engine.js", folder / "engine.mjs")
+    parts = [Path(storyllm.__file__).parent / "export" / "page" / name for name in ("engine.js", "load.js")]
+    (folder / "engine.mjs").write_bytes(b"".join(part.read_bytes() for part in parts))
     (folder / "server.mjs").write_text(SERVER, encoding="utf-8")
     command = [node, "server.mjs"]
     server = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")

@@ -101,7 +101,9 @@ def test_a_model_without_biases_and_with_an_odd_width(in_node, storyteller, tmp_
 
 
 ASSIGNED = st.characters(exclude_categories=["Cs", "Cn"])  # characters that were added later differ between programs
-WORDS = st.sampled_from(["'s", "don't", "I'LL", " the", "  ", "\n\n", " \t ", "\x85", "\ufeff", "\u2028", "3rd", "aaaa", "é"])
+WORDS = st.sampled_from(
+    ["'s", "don't", "I'LL", " the", "  ", "\n\n", " \t ", "\x85", "\ufeff", "\u2028", "3rd", "aaaa", "é"]
+)
 TEXTS = st.lists(st.text(ASSIGNED) | WORDS).map("".join)
 
 
@@ -126,7 +128,12 @@ def test_any_text_has_the_ids_of_gpt2(gpt2_cache, in_node, request, text):
 
 
 def test_long_words_have_the_same_ids(in_node, pages, storyteller):
-    texts = ["".join(random_stories(40, seed=2)).replace(" ", "").replace(".", ""), "ab" * 20_000, " " * 5_000 + "x", "-" * 999]
+    texts = [
+        "".join(random_stories(40, seed=2)).replace(" ", "").replace(".", ""),
+        "ab" * 20_000,
+        " " * 5_000 + "x",
+        "-" * 999,
+    ]
     expected = [storyteller.tokenizer.encode_ordinary(text) for text in texts]
     assert in_node(pages["int8"], ENCODE, texts) == expected
 
@@ -236,7 +243,7 @@ def test_weights_that_cannot_be_stored_are_rejected(value, weights, message, tin
 
 
 def test_converted_weights_and_other_objects_are_rejected(tiny_run, tmp_path):
-    with pytest.raises(StoryLLMError, match="is torch.int8, must be float32; load the model with weights='float32'"):
+    with pytest.raises(StoryLLMError, match=r"is torch\.int8, must be float32; load the model with weights='float32'"):
         export_page(storyllm.load(tiny_run / "best_model_params.pt", "cpu", "int8"), tmp_path / "page.html")
     with pytest.raises(StoryLLMError, match="got dict, expected a Storyteller or the path of a checkpoint"):
         export_page({}, tmp_path / "page.html")

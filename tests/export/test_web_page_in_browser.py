@@ -14,7 +14,9 @@ from storyllm.checkpoint import model_contents, save_checkpoint
 from storyllm.data.tokenizer import _encoding  # no public function creates such a vocabulary
 
 SECONDS = 60  # a machine may be busy
-HOSTILE = "</script><script>window.attacked = true</script><img src=x onerror='window.attacked = true'>\u202e\u2066\x07\x00"
+HOSTILE = (
+    "</script><script>window.attacked = true</script><img src=x onerror='window.attacked = true'>\u202e\u2066\x07\x00"
+)
 
 
 @pytest.fixture
@@ -133,11 +135,15 @@ def test_candidates_follow_the_selected_token_and_the_settings(open_page):
     assert selected(page) == tokens.nth(14).text_content()
     page.fill("#temperature", "0")
     page.wait_for_selector("#candidates .value >> text='100.0%'")
-    assert page.locator("#candidates .value").all_text_contents()[1:] == ["0%"] * (page.locator("#candidates li").count() - 1)
+    assert page.locator("#candidates .value").all_text_contents()[1:] == ["0%"] * (
+        page.locator("#candidates li").count() - 1
+    )
     page.fill("#temperature", "1")
     page.fill("#top-k", "3")
     page.wait_for_selector("#candidates li:nth-child(4) .value:text-is('0%')")
-    assert [value != "0%" for value in page.locator("#candidates .value").all_text_contents()[:10]] == [True] * 3 + [False] * 7
+    assert [value != "0%" for value in page.locator("#candidates .value").all_text_contents()[:10]] == [True] * 3 + [
+        False
+    ] * 7
     assert page.text_content("#top-k-value") == "3"
 
 
@@ -152,7 +158,11 @@ def test_the_page_works_with_the_keyboard_alone(open_page):
     reached = []
     for _ in range(40):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.name"))
+        reached.append(
+            page.evaluate(
+                "document.activeElement.id || document.activeElement.className || document.activeElement.name"
+            )
+        )
         if "token" in reached[-1]:
             break
     expected = "example temperature top-k top-p length seed new-seed generate continue shading boundaries".split()
@@ -178,7 +188,9 @@ def test_attention_is_drawn_and_shades_the_tokens(open_page):
     page.check("input[value='attention']")
     page.locator(".token").nth(5).hover()
     page.wait_for_selector("#attention-caption:has-text('reads mostly')")
-    strengths = page.evaluate("[...document.querySelectorAll('.token')].map((t) => parseFloat(t.style.getPropertyValue('--strength')))")
+    strengths = page.evaluate(
+        "[...document.querySelectorAll('.token')].map((t) => parseFloat(t.style.getPropertyValue('--strength')))"
+    )
     assert max(strengths) == 100 and not any(strengths[6:])
     drawn = "document.getElementById('heat-map').toDataURL()"
     before = page.evaluate(drawn)
@@ -198,15 +210,16 @@ CONTRAST = """() => {
     return [...canvas.getImageData(0, 0, 1, 1).data];
   };
   const over = ([r, g, b, a], below) => [r, g, b].map((c, i) => (c * a + below[i] * (255 - a)) / 255);
-  const background = (node) => node ? over(parse(getComputedStyle(node).backgroundColor), background(node.parentElement)) : [255, 255, 255];
+  const background = (node) =>
+    node ? over(parse(getComputedStyle(node).backgroundColor), background(node.parentElement)) : [255, 255, 255];
   const luminance = (rgb) => {
     const [r, g, b] = rgb.map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
   const low = [];
   for (const node of document.querySelectorAll("body *:not(script)")) {
-    if (![...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()) || !node.checkVisibility()) continue;
-    if (node.closest(":disabled")) continue;
+    const hasText = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!hasText || !node.checkVisibility() || node.closest(":disabled")) continue;
     const style = getComputedStyle(node), text = node.closest("svg") ? style.fill : style.color;
     const [a, b] = [luminance(parse(text).slice(0, 3)), luminance(background(node))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);

@@ -3,49 +3,11 @@
 // It follows data/tokenizer.py, model/gpt.py, model/decoding.py and model/sampling.py and uses their names.
 // Shapes: T tokens, C = n_embd, H = n_head, D = C / H. A matrix is one typed array, row after row.
 
-/** Reads the model file that `model_file` in export/web_page.py writes: {model, tokenizer, info}. */
-export async function loadModel(bytes) {
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const buffer = await new Response(stream).arrayBuffer();
-  const length = new DataView(buffer).getUint32(0, true);
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
-  const array = (type, offset, size) => new type(buffer, 4 + length + offset, size);
-  const tensors = {};
-  for (const [name, { shape, dtype, offset, scale }] of Object.entries(header.tensors)) {
-    const [rows] = shape, size = shape.reduce((a, b) => a * b);
-    let data = array({ int8: Int8Array, float16: Uint16Array, float32: Float32Array }[dtype], offset, size);
-    if (dtype === "int8") data = fromInt8(data, array(Float32Array, scale, rows));
-    if (dtype === "float16") data = fromFloat16(data);
-    tensors[name] = { data, rows };
-  }
-  const model = new GPT(header.config, tensors);
-  return { model, tokenizer: new Tokenizer(header.vocabulary), info: header.info };
-}
-
-/** int8 numbers times the scale of their row, as float32: arithmetic with int8 is slower. */
-function fromInt8(integers, scales) {
-  const numbers = new Float32Array(integers.length), columns = numbers.length / scales.length;
-  for (let row = 0, i = 0; row < scales.length; row++) {
-    for (const end = i + columns; i < end; i++) numbers[i] = integers[i] * scales[row];
-  }
-  return numbers;
-}
-
-/** IEEE 754 half-precision numbers as float32. Finite numbers only. */
-function fromFloat16(halves) {
-  const numbers = new Float32Array(halves.length), table = Float32Array.from({ length: 65536 }, (_, bits) => {
-    const sign = bits & 0x8000 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = bits & 1023;
-    return sign * (exponent ? (1 + fraction / 1024) * 2 ** (exponent - 15) : fraction * 2 ** -24);
-  });
-  for (let i = 0; i < numbers.length; i++) numbers[i] = table[halves[i]];
-  return numbers;
-}
-
 // Text <-> token ids
 
 // GPT2_PATTERN in data/tokenizer.py. \s differs between the languages, \p{White_Space} does not.
-const PATTERN =
-  /'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+const PATTERN = new RegExp(String.raw`'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`
+  .replaceAll("\\s", "\\p{White_Space}").replaceAll("\\S", "\\P{White_Space}"), "gu");
 
 /** Byte-level BPE (Sennrich et al. 2016). Bytes are strings with a character from 0 to 255 for each byte. */
 export class Tokenizer {
@@ -142,7 +104,7 @@ export class GPT {
   /** The T ids after the cached tokens to their (T, C) final hidden states. */
   hidden(ids, cache) {
     const T = ids.length, C = this.config.n_embd, x = new Float64Array(T * C);
-    const { data: wte } = this.tensors["transformer.wte.weight"], { data: wpe } = this.tensors["transformer.wpe.weight"];
+    const [wte, wpe] = ["wte", "wpe"].map((name) => this.tensors[`transformer.${name}.weight`].data);
     ids.forEach((id, t) => {
       for (let c = 0; c < C; c++) x[t * C + c] = wte[id * C + c] + wpe[(cache.length + t) * C + c];
     });
@@ -245,6 +207,10 @@ function gelu(x) {
 
 // Logits -> the next token
 
+function check(condition, message) {
+  if (!condition) throw new RangeError(message);
+}
+
 function softmax(x) {
   const largest = x.reduce((a, b) => Math.max(a, b)), exp = x.map((value) => Math.exp(value - largest));
   const sum = exp.reduce((a, b) => a + b);
@@ -252,21 +218,13 @@ function softmax(x) {
 }
 
 /** The negative log-probability of a token in nats: how much it surprises the model. */
-export function surprisal(logits, id) {
-  return -Math.log(Math.max(softmax(logits)[id], 1e-300));
-}
+export const surprisal = (logits, id) => -Math.log(Math.max(softmax(logits)[id], 1e-300));
 
 /** The distribution of the next token, (vocab_size) logits to probabilities: `next_token_probs` in sampling.py. */
 export function nextTokenProbs(logits, { temperature = 1, topK = null, topP = null } = {}) {
-  if (!(temperature >= 0 && temperature < Infinity)) {
-    throw new RangeError(`temperature is ${temperature}, must be 0 (greedy) or greater`);
-  }
-  if (topK !== null && !(Number.isInteger(topK) && topK >= 1)) {
-    throw new RangeError(`topK is ${topK}, must be an integer of at least 1, or null`);
-  }
-  if (topP !== null && !(topP > 0 && topP <= 1)) {
-    throw new RangeError(`topP is ${topP}, must be greater than 0 and at most 1, or null`);
-  }
+  check(temperature >= 0 && temperature < Infinity, `temperature is ${temperature}, must be 0 (greedy) or greater`);
+  check(topK === null || (Number.isInteger(topK) && topK >= 1), `topK is ${topK}, must be an integer above 0, or null`);
+  check(topP === null || (topP > 0 && topP <= 1), `topP is ${topP}, must be greater than 0 and at most 1, or null`);
   const largest = logits.reduce((a, b) => Math.max(a, b));
   if (temperature === 0) return keepMostLikely(logits.map((logit) => (logit === largest ? 1 : 0)), 1);
   let probs = softmax(logits.map((logit) => (logit - largest) / Math.max(temperature, 1e-30)));
@@ -305,9 +263,7 @@ export function sample(probs, uniform) {
 
 /** Numbers from [0, 1) that depend on the seed alone: a counter, hashed with MurmurHash3's finalizer (Appleby 2011). */
 export function randomNumbers(seed) {
-  if (!(Number.isInteger(seed) && seed >= 0 && seed < 2 ** 32)) {
-    throw new RangeError(`seed is ${seed}, must be an integer from 0 to 2**32 - 1`);
-  }
+  check(Number.isInteger(seed) && seed >= 0 && seed < 2 ** 32, `seed is ${seed}, must be an integer below 2**32`);
   let counter = Math.imul(seed + 1, 0x9e3779b1);
   return () => {
     counter = (counter + 0x9e3779b9) | 0;

@@ -22,7 +22,7 @@ function create(name, properties = {}, ...children) {
 // The worker
 
 // A file:// page may not start a worker that is a module, only a script, which exports nothing.
-const source = element("engine").textContent.replace(/^export /gm, "");
+const source = element("worker").textContent.replace(/^export /gm, "");
 const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
 const calls = new Map(); // id -> {resolve, reject, onToken}
 let lastCall = 0;
@@ -113,7 +113,8 @@ function addToken({ id, text, surprisal }) {
   node.dataset.index = index;
   node.setAttribute("aria-selected", "false");
   const cost = surprisal === null ? "not predicted" : `surprisal ${surprisal.toFixed(2)} nats`;
-  node.setAttribute("aria-label", `${text.trim() ? printable(text) : node.textContent || "part of a character"}, ${cost}`);
+  const name = text.trim() ? printable(text) : node.textContent || "part of a character";
+  node.setAttribute("aria-label", `${name}, ${cost}`);
   if (text.includes("\n")) node.classList.add("newline");
   tokens.push({ text: isEnd ? `<${node.textContent}>` : text, surprisal, node });
   element("story").append(node);
@@ -298,7 +299,8 @@ function drawHeatMap() {
   }
   const { start, T, weights } = attention, context = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
-  const [ink, mark] = ["--attention-rgb", "--mark-rgb"].map((name) => style.getPropertyValue(name).split(" ").map(Number));
+  const color = (name) => style.getPropertyValue(name).split(" ").map(Number);
+  const ink = color("--attention-rgb"), mark = color("--mark-rgb");
   canvas.width = canvas.height = T;
   canvas.setAttribute("aria-label", `Attention of layer ${Number(element("layer").value) + 1}, head `
     + `${Number(element("head").value) + 1}: ${T} by ${T} tokens`);
@@ -314,7 +316,7 @@ function drawHeatMap() {
   }
   context.putImageData(image, 0, 0);
   if (row < 0 || row >= T) {
-    caption.textContent = selected < 0 ? "" : "The selected token is no longer in the context, or has not been read yet.";
+    caption.textContent = selected < 0 ? "" : "The selected token has left the context, or has not been read yet.";
     return;
   }
   const read = Array.from(weights.subarray(row * T, row * T + row + 1), (weight, s) => [weight, s + start]);
@@ -339,13 +341,16 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawHeatMa
 // About the model
 
 function facts(list, entries) {
-  list.replaceChildren(...entries.flatMap(([name, value]) => [create("dt", { className: name.toLowerCase() }, name), create("dd", {}, value)]));
+  for (const [name, value] of entries) {
+    list.append(create("dt", { className: name.toLowerCase() }, name), create("dd", {}, value));
+  }
 }
 
 function showModel() {
   const { config, recipe, evaluations, parameters, weights } = info;
   const layers = `${config.n_layer} layer${config.n_layer === 1 ? "" : "s"}`;
-  element("summary").textContent = `A language model with ${count(parameters)} parameters that writes stories, in this page.`;
+  element("summary").textContent =
+    `A language model with ${count(parameters)} parameters that writes stories, in this page.`;
   facts(element("model-facts"), [
     ["Parameters", `${count(parameters)}, stored as ${weights}`],
     ["Shape", `${layers}, ${config.n_head} heads, width ${config.n_embd}`],
@@ -365,10 +370,13 @@ function showModel() {
     ]);
     drawCurve(evaluations);
   }
-  const rows = Object.entries(recipe).flatMap(([part, fields]) =>
-    Object.entries(fields).map(([name, value]) =>
-      create("tr", {}, create("th", { scope: "row" }, `${part}.${printable(name)}`), create("td", {}, printable(String(value))))));
-  element("recipe").append(create("table", {}, create("tbody", {}, ...rows)));
+  const table = element("recipe");
+  for (const [part, fields] of Object.entries(recipe)) {
+    for (const [name, value] of Object.entries(fields)) {
+      const cells = [create("th", { scope: "row" }, `${part}.${name}`), create("td", {}, printable(String(value)))];
+      table.append(create("tr", {}, ...cells));
+    }
+  }
 }
 
 function drawCurve(evaluations) {

@@ -1,4 +1,5 @@
-// Runs the engine in a worker, so that the page never freezes. The page appends this file to engine.js.
+// Runs the engine in a worker, so that the page never freezes. The page appends this file to engine.js
+// and load.js.
 //
 // The page sends {id, method, args}; the answer is {id, result} or {id, error}. While a story is extended, {id, token}
 // messages announce each token.
