@@ -198,11 +198,12 @@ function stop() {
 
 element("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (isRunning) stop();
-  else if (info) run(true);
+  if (isRunning) stop(); // even if a number is invalid
+  else if (info && event.target.reportValidity()) run(true);
 });
 element("continue").addEventListener("click", () => {
-  element("generate").focus(); // it stops, and this button is disabled
+  if (!element("form").reportValidity()) return;
+  element("generate").focus(); // this button is disabled now, that one stops
   run(false);
 });
 document.addEventListener("keydown", (event) => {
@@ -299,8 +300,8 @@ function drawHeatMap() {
   }
   const { start, T, weights } = attention, context = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
-  const color = (name) => style.getPropertyValue(name).split(" ").map(Number);
-  const ink = color("--attention-rgb"), mark = color("--mark-rgb");
+  const components = (name) => style.getPropertyValue(name).split(" ").map(Number);
+  const ink = components("--attention-rgb"), mark = components("--mark-rgb");
   canvas.width = canvas.height = T;
   canvas.setAttribute("aria-label", `Attention of layer ${Number(element("layer").value) + 1}, head `
     + `${Number(element("head").value) + 1}: ${T} by ${T} tokens`);
@@ -308,10 +309,10 @@ function drawHeatMap() {
   const row = selected - start;
   for (let t = 0; t < T; t++) {
     for (let s = 0; s < T; s++) {
-      const isMarked = t === row && s > t; // the rest of the selected row
-      // The square root makes small weights visible.
-      const alpha = isMarked ? 0.35 : Math.sqrt(weights[t * T + s]);
-      image.data.set([...(t === row ? mark : ink), 255 * alpha], 4 * (t * T + s));
+      const pixel = 4 * (t * T + s), color = t === row ? mark : ink;
+      for (let i = 0; i < 3; i++) image.data[pixel + i] = color[i];
+      // The square root makes small weights visible. The rest of the selected row is marked, too.
+      image.data[pixel + 3] = 255 * (t === row && s > t ? 0.35 : Math.sqrt(weights[t * T + s]));
     }
   }
   context.putImageData(image, 0, 0);
