@@ -16,7 +16,7 @@ from helpers import model_in
 import storyllm
 from storyllm.export.web_page import export_page
 
-# Answers one line of JSON, {page, code, input}, with another. `code` is the body of a function in JavaScript.
+# Answers one line of JSON, {model, code, input}, with another. `code` is the body of a function in JavaScript.
 SERVER = """
 import { createInterface } from "node:readline";
 import * as engine from "./engine.mjs";

@@ -1,11 +1,10 @@
-// Runs the engine in a worker, so that the page never freezes. The page appends this file to engine.js
-// and load.js.
+// Runs the engine in a worker, so that the page never freezes. The page appends this file to engine.js and load.js.
 //
 // The page sends {id, method, args}; the answer is {id, result} or {id, error}. While a story is extended, {id, token}
 // messages announce each token.
 
-let model, tokenizer, story, decode, random, isStopped;
-
+let model, tokenizer; // of the page
+let story, decode, random, isStopped; // the story that the page shows
 let lastPause = 0;
 
 /** Lets messages arrive, every 20 ms: a timer may take 4 ms. */
