@@ -8,6 +8,7 @@ from .data.token_file import load_tokenizer, open_token_file, verify
 from .evaluation.likelihood import Report, evaluate
 from .export.gguf_file import export_gguf
 from .export.hugging_face import export_hugging_face, push_to_hub
+from .export.web_page import export_page, playground
 from .model.gpt import GPT
 from .model.sampling import next_token_probs
 from .plots.architecture import plot_architecture
@@ -38,6 +39,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "export_hugging_face",
+    "export_page",
     "get_recipe",
     "load",
     "load_tokenizer",
@@ -45,6 +47,7 @@ __all__ = [
     "nearest_tokens",
     "next_token_probs",
     "open_token_file",
+    "playground",
     "plot_architecture",
     "plot_attention",
     "plot_loss_by_position",

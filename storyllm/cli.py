@@ -25,6 +25,7 @@ from .device import is_out_of_memory
 from .evaluation.likelihood import evaluate
 from .export.gguf_file import export_gguf
 from .export.hugging_face import check_hub_name, export_hugging_face, push_to_hub
+from .export.web_page import export_page
 from .files import os_error
 from .importing import load_model
 from .plots.loss_curves import plot_losses, plot_runs
@@ -190,22 +191,25 @@ class Plot:
 
 @dataclass
 class Export:
-    """Export a model for other programs: a folder for transformers and the Hub, or a file for llama.cpp."""
+    """Export a model: a folder for transformers and the Hub, a file for llama.cpp, or a web page."""
 
     checkpoint: Path = Path("checkpoints") / BEST  # a model file, a run's or Hugging Face folder, or OWNER/NAME (Hub)
-    to: Path = Path("export")  # output folder; for "gguf" a file that ends in .gguf
-    format: Literal["hf", "gguf"] = "hf"  # "hf": a folder in Hugging Face's format; "gguf": a file for llama.cpp
+    to: Path = Path("export")  # output folder; for "gguf" a file that ends in .gguf, for "html" one in .html
+    format: Literal["hf", "gguf", "html"] = "hf"  # for transformers and the Hub, for llama.cpp, or a page for a browser
+    weights: Literal["int8", "float16"] = "int8"  # of a page: "float16" is more precise and twice as large
     push: str | None = None  # upload the folder to this repository on the Hub, OWNER/NAME
     overwrite: bool = False  # replace an earlier export
 
     def run(self) -> int:
+        if self.push is not None:
+            if self.format != "hf":
+                raise StoryLLMError(f"push uploads a folder in Hugging Face's format; omit --format {self.format}")
+            check_hub_name(self.push)
         if self.format == "gguf":
-            if self.push is not None:
-                raise StoryLLMError("push uploads a folder in Hugging Face's format; omit --format gguf")
             export_gguf(self.checkpoint, self.to, self.overwrite)
+        elif self.format == "html":
+            export_page(self.checkpoint, self.to, self.weights, self.overwrite)
         else:
-            if self.push is not None:
-                check_hub_name(self.push)
             export_hugging_face(self.checkpoint, self.to, self.overwrite, name=self.push or "")
         print(printable(str(self.to)))
         if self.push is not None:

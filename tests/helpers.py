@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import gzip
 import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,6 +163,13 @@ def losses(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def iteration_of(path: Path) -> int:
     """The iteration of a saved training state."""
     return load_checkpoint(path)["state"]["iteration"]
+
+
+def model_in(page: Path) -> bytes:
+    """The model file in a page written by `export_page`."""
+    found = re.search(r'id="model-file">([^<]*)<', page.read_text(encoding="utf-8"))
+    assert found
+    return base64.b64decode(found[1])
 
 
 def flip_bit(path: Path, position: int, bit: int = 0) -> None:

@@ -32,7 +32,7 @@ evaluation.likelihood
 training.muon training.optimizer training.interrupt training.trackers training.log training.mirror training.execution
 training.progress training.initial_model training.run_folder training.samples training.loop
 plots.style plots.loss_curves plots.architecture plots.text plots.predictions plots.internals
-export.model_card export.hugging_face export.gguf_file
+export.model_card export.hugging_face export.gguf_file export.web_page
 __init__ cli __main__
 """.split()
 FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name))

@@ -36,19 +36,19 @@ class Int8Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        weight, scale = _to_int8(layer.weight.detach())
+        weight, scale = to_int8(layer.weight.detach())
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale[:, 0])
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, row_scale = _to_int8(x.reshape(-1, x.size(-1)))
+        rows, row_scale = to_int8(x.reshape(-1, x.size(-1)))
         y = torch._int_mm(rows, self.weight.t()) * row_scale * self.scale  # int32 sums are exact
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
-def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """(n, m) numbers to (n, m) int8 and an (n, 1) scale for each row: `x` is about their product."""
     scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
     return (x / scale).round().to(torch.int8), scale
