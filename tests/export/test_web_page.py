@@ -232,7 +232,7 @@ def test_the_page_of_a_storyteller_has_only_the_shape_of_the_model(in_node, stor
 def test_an_existing_file_is_kept_unless_overwrite(storyteller, tmp_path):
     path = tmp_path / "page.html"
     path.write_text("mine")
-    with pytest.raises(StoryLLMError, match=r"page\.html exists; use another path, or overwrite it"):
+    with pytest.raises(StoryLLMError, match=r"page\.html exists; use another path"):
         export_page(storyteller, path)
     assert path.read_text() == "mine"
     export_page(storyteller, path, overwrite=True)
