@@ -5,7 +5,9 @@ from .config import DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig
 from .data.prepare import prepare
 from .data.stories import read_stories
 from .data.token_file import load_tokenizer, open_token_file, verify
+from .evaluation.comparison import StoryReport
 from .evaluation.likelihood import Report, evaluate
+from .evaluation.report import judge
 from .model.gpt import GPT
 from .model.sampling import next_token_probs
 from .plots.architecture import plot_architecture
@@ -27,10 +29,12 @@ __all__ = [
     "Recipe",
     "Report",
     "StoryLLMError",
+    "StoryReport",
     "Storyteller",
     "TrainConfig",
     "evaluate",
     "get_recipe",
+    "judge",
     "load",
     "load_tokenizer",
     "lr_at",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 
 from . import __version__
 from .config import DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig, printable
@@ -23,6 +23,8 @@ from .data.prepare import prepare
 from .data.token_file import verify
 from .device import is_out_of_memory
 from .evaluation.likelihood import evaluate
+from .evaluation.ratings import rate, write_rating_sheets
+from .evaluation.report import PAGE, judge
 from .files import os_error
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
@@ -155,6 +157,53 @@ class Evaluate:
 
 
 @dataclass
+class Judge:
+    """Compare the stories of models in a report. With --sheet or --ratings, have people rate the stories of a report."""
+
+    checkpoint: UseAppendAction[tuple[Path, ...]] = ()  # model file or its folder; repeat the option to compare models
+    data: Path = Path("data")  # folder with the models' training data
+    out: Path = Path("report")  # folder for report.html, report.json and stories.jsonl, and for rating sheets
+    beginnings: int = 50  # number of held-out stories whose beginnings each model completes
+    temperature: float = 1.0  # 0 is greedy decoding; higher is more random
+    top_k: int | None = None  # sample only from the k most likely tokens
+    top_p: float | None = None  # sample only from the smallest set of most likely tokens with at least this probability
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # maximum length of a completion in tokens
+    seed: int = 0  # random seed of the beginnings, the completions and the order on rating sheets
+    device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
+    overwrite: bool = False  # replace an existing report
+    sheet: bool = False  # write a page for each rater, with stories of the report in random order
+    raters: int = 3  # number of pages
+    rated: int = 10  # number of beginnings on a page, each with a story from every model and the real one
+    ratings: tuple[Path, ...] = ()  # files that raters saved: print means, intervals and agreement
+
+    def run(self) -> int:
+        if self.sheet:
+            print(*write_rating_sheets(self.out, self.rated, self.raters, self.seed), sep="\n")
+        elif self.ratings:
+            print(rate(self.ratings, self.out))
+        else:
+            paths = [_file_in(path, BEST) for path in self.checkpoint or (Path("checkpoints"),)]
+            models = {str(path.parent if path.name == BEST else path): path for path in paths}
+            report = judge(
+                models,
+                self.data,
+                self.out,
+                self.beginnings,
+                self.temperature,
+                self.top_k,
+                self.top_p,
+                self.max_new_tokens,
+                self.seed,
+                self.device,
+                self.overwrite,
+            )
+            for name in ("bits_per_byte", "rouge_2", "distinct_2", "nearest"):
+                print(report.estimates[name])
+            print(printable(str(self.out / PAGE)))
+        return 0
+
+
+@dataclass
 class Plot:
     """Plot the loss curves of a run, or compare the validation losses of several runs."""
 
@@ -237,6 +286,7 @@ def _run(arguments: list[str]) -> int:
         "train": Train(model=ModelOptions(**asdict(recipe.model)), train=recipe.train),
         "generate": Generate(),
         "evaluate": Evaluate(),
+        "judge": Judge(),
         "plot": Plot(),
     }
     descriptions = {name: str(command.__doc__) for name, command in commands.items()}

@@ -25,7 +25,9 @@ data.synthetic data.formats data.local_files data.hold_out data.stories data.tok
 data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint storyteller
-evaluation.likelihood
+evaluation.likelihood evaluation.statistics evaluation.vocabulary evaluation.reference evaluation.diversity
+evaluation.novelty evaluation.consistency evaluation.protocol evaluation.comparison evaluation.pages evaluation.report
+evaluation.ratings
 training.muon training.optimizer training.interrupt training.log training.execution training.progress
 training.run_folder training.loop
 plots.style plots.loss_curves plots.architecture
@@ -34,7 +36,7 @@ __init__ cli __main__
 FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name))
 
 # Imported only where they are used, because each takes up to a second or is optional.
-LAZY = {"datasets", "matplotlib", "pyarrow", "pandas", "transformers", "tokenizers", "tyro", "IPython"}
+LAZY = {"datasets", "matplotlib", "pyarrow", "pandas", "transformers", "tokenizers", "tyro", "IPython", "sacrebleu"}
 
 
 def parse(module: str) -> ast.Module:
