@@ -158,7 +158,7 @@ class Evaluate:
 
 @dataclass
 class Judge:
-    """Compare the stories of models in a report. With --sheet or --ratings, have people rate the stories of a report."""
+    """Compare the stories of models in a report. With --sheet and --ratings, people rate the stories of a report."""
 
     checkpoint: UseAppendAction[tuple[Path, ...]] = ()  # model file or its folder; repeat the option to compare models
     data: Path = Path("data")  # folder with the models' training data
@@ -182,23 +182,9 @@ class Judge:
         elif self.ratings:
             print(rate(self.ratings, self.out))
         else:
+            options = "data out beginnings temperature top_k top_p max_new_tokens seed device overwrite".split()
             paths = [_file_in(path, BEST) for path in self.checkpoint or (Path("checkpoints"),)]
-            models = {str(path.parent if path.name == BEST else path): path for path in paths}
-            report = judge(
-                models,
-                self.data,
-                self.out,
-                self.beginnings,
-                self.temperature,
-                self.top_k,
-                self.top_p,
-                self.max_new_tokens,
-                self.seed,
-                self.device,
-                self.overwrite,
-            )
-            for name in ("bits_per_byte", "rouge_2", "distinct_2", "nearest"):
-                print(report.estimates[name])
+            print(judge(_named(paths), **{name: getattr(self, name) for name in options}))
             print(printable(str(self.out / PAGE)))
         return 0
 
@@ -311,6 +297,16 @@ def _selected_recipe(arguments: list[str]) -> Recipe:
 def _file_in(path: Path, name: str) -> Path:
     """The file of that name if `path` is a folder, otherwise `path` itself."""
     return path / name if path.is_dir() else path
+
+
+def _named(checkpoints: list[Path]) -> dict[str, Path]:
+    """The checkpoints under the names of their folders, or of their complete paths if some folders have the same."""
+    paths = [path.resolve() for path in checkpoints]
+    names = [path.parent.name if path.name == BEST else f"{path.parent.name}/{path.name}" for path in paths]
+    named = dict(zip(names if len(set(names)) == len(names) else map(str, paths), checkpoints, strict=True))
+    if len(named) < len(checkpoints):
+        raise StoryLLMError("a checkpoint is given twice; name each one once")
+    return named
 
 
 def _print_error(message: str) -> None:

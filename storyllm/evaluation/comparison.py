@@ -29,6 +29,9 @@ class Metric:
     note: str
     percent: bool = False  # the value is from 0 to 1
 
+    def shown(self, value: float) -> str:
+        return f"{100 * value:,.{self.decimals}f}%" if self.percent else f"{value:,.{self.decimals}f}"
+
 
 LIKELIHOOD, REFERENCE, DIVERSITY = "Likelihood", "Against the real ending", "Diversity"
 NOVELTY, VOCABULARY, CONSISTENCY = "Novelty", "Vocabulary level", "Consistency"
@@ -86,6 +89,20 @@ class StoryReport:
     nearest: list[str]  # the training story that is nearest to each story
     loss_by_position: dict[str, list[float]]  # model -> nats per token after 1, 2, ... tokens of context
     signatures: dict[str, str]  # of sacrebleu's metrics
+
+    def __str__(self) -> str:
+        """A table of the values, without intervals."""
+        names = [*self.models, FLOOR]
+        lines = [[""], *([metric.label] for metric in METRICS.values())]
+        for name in names:
+            lines[0].append(name)
+            for line, (key, metric) in zip(lines[1:], METRICS.items(), strict=True):
+                estimate = self.estimates[key].get(name)
+                line.append("" if estimate is None else metric.shown(estimate.value))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+        )
 
 
 def likelihood_statistics(

@@ -56,7 +56,8 @@ def pronoun_agreement(beginning: str, completion: str) -> tuple[int, int]:
         name: NOUN_GENDERS[noun] for noun, name in re.findall(rf"\b({'|'.join(NOUN_GENDERS)}) named ([A-Z]\w+)", story)
     }
     genders |= {
-        name: PRONOUN_GENDERS[his.lower()] for his, name in re.findall(r"(?i:\b(his|her)) name (?:is|was) ([A-Z]\w+)", story)
+        name: PRONOUN_GENDERS[his.lower()]
+        for his, name in re.findall(r"(?i:\b(his|her)) name (?:is|was) ([A-Z]\w+)", story)
     }
     agreeing = checked = 0
     known: set[str] = set()

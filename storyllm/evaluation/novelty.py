@@ -125,7 +125,8 @@ class CopySearch:
         if not len(ends) or ends[-1] != len(ids) - 1:
             ends = np.append(ends, len(ids))
         stories = np.searchsorted(ends, positions)
-        pairs = np.unique(stories * len(grams.hashes) + bigrams)  # a bigram counts once per story
+        pairs = np.sort(stories * len(grams.hashes) + bigrams)
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # a bigram counts once per story
         stories, bigrams = np.divmod(pairs, len(grams.hashes))
         first = np.searchsorted(stories, np.arange(len(ends)))
         overlaps = F.embedding_bag(  # (stories, texts): the sum of the rows of the bigrams of each story

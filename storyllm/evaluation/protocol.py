@@ -81,7 +81,7 @@ def choose_beginnings(stories: list[str], count: int, seed: int) -> list[Beginni
             if len(found) == count:
                 return found
     raise StoryLLMError(
-        f"only {len(found)} of {len(stories)} validation stories can be cut (at least {MIN_WORDS} words), must be {count}; "
+        f"{len(found)} of {len(stories)} validation stories have the {MIN_WORDS} words it takes, must be {count}; "
         "lower --beginnings, or hold out more stories"
     )
 
