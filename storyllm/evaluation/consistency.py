@@ -21,7 +21,7 @@ NOUN_GENDERS = {
 # Capitalized words within a sentence that are not names.
 NOT_NAMES = frozenset(
     "I I'm I'll I've I'd Mom Mommy Mum Mummy Mama Dad Daddy Papa Grandma Grandpa Mr Mrs Miss Ms Dr God Oh Yes No Hello "
-    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Christmas Halloween Easter".split()
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Christmas End".split()
 )
 WITHIN_SENTENCE = re.compile(r"(?<=[a-z,] )[A-Z][a-z]+\b")
 INTRODUCTION = (

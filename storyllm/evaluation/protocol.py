@@ -94,7 +94,7 @@ def cut_in_sentence(story: str) -> Beginning | None:
     found = list(re.finditer(r"\S+", story))
     if len(found) < MIN_WORDS:
         return None
-    for before, word in pairwise(found[int(BEGINNING * len(found)) : -1]):
+    for before, word in pairwise(found[int(BEGINNING * len(found)) - 1 : -1]):
         if before[0][-1].isalnum() and word[0][-1].isalnum():  # no mark that ends a sentence, or a part of it
             return Beginning(story[: word.end()], story[word.end() :])
     return None
