@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -168,7 +169,7 @@ def story_statistics(
     statistics["readability"] = bootstrap(np.array(readable), lambda sums: readability_grade(*sums), seed)
     statistics["compression_ratio"] = jackknife(texts, compression_ratio)
     for n in (1, 2, 3):
-        statistics[f"distinct_{n}"] = jackknife(texts, lambda some, n=n: distinct_n(some, n, len(frequencies)))
+        statistics[f"distinct_{n}"] = jackknife(texts, partial(distinct_n, n=n, vocabulary_size=len(frequencies)))
     return statistics
 
 

@@ -34,7 +34,7 @@ INTRODUCTION = (
 def names_in(text: str, known: frozenset[str] | None = None) -> set[str]:
     """The names in a text: those of `known`, or else the capitalized words that are not at the start of a sentence."""
     if known is not None:
-        return known.intersection(re.findall(r"\w+", text))
+        return set(known).intersection(re.findall(r"\w+", text))
     return set(WITHIN_SENTENCE.findall(text)) - NOT_NAMES
 
 

@@ -100,10 +100,10 @@ def story_losses(storyteller: Storyteller, ids: np.ndarray, progress: Callable[[
     with eval_mode(model):
         for x, y in sequential_windows(ids, block_size, windows_per_batch):
             logits, _ = model(torch.from_numpy(x).to(device))  # (B, T, vocab_size)
-            loss = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(y).to(device).flatten(), reduction="none")
-            loss = loss.double().view(y.shape).cpu().numpy()
-            losses.append(loss.ravel())
-            sums[: y.shape[1]] += loss.sum(0)
+            targets = torch.from_numpy(y).to(device).flatten()
+            nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").cpu().double().numpy()
+            losses.append(nats)
+            sums[: y.shape[1]] += nats.reshape(y.shape).sum(0)
             counts[: y.shape[1]] += len(y)
             progress(y.size)
     is_last = ids == storyteller.tokenizer.eot_token

@@ -70,10 +70,12 @@ def judge(
     for name, model in models.items():
         storyteller = model if isinstance(model, Storyteller) else load(model, device)
         tokenizers.add(tokenizer_hash(storyteller.tokenizer))
-        numbered = enumerate(tqdm(chosen, f"{name}: stories", unit=" stories", file=sys.stdout))
-        stories += [complete(storyteller, name, number, beginning, settings) for number, beginning in numbered]
+        with _bar(f"{name}: stories", len(chosen)) as bar:
+            for number, beginning in enumerate(chosen):
+                stories.append(complete(storyteller, name, number, beginning, settings))
+                bar.update()
         ids = _validation_ids(dataset, texts, storyteller)
-        with tqdm(total=len(ids) - 1, desc=f"{name}: likelihood", unit=" tokens", file=sys.stdout) as bar:
+        with _bar(f"{name}: validation tokens", len(ids) - 1) as bar:
             losses = story_losses(storyteller, ids, bar.update)
         text_bytes = np.array([len(text.encode()) for text in texts])
         statistics[name] = likelihood_statistics(losses.nats, losses.tokens, text_bytes, seed)
@@ -83,7 +85,7 @@ def judge(
     copies, nearest, frequencies = _search(dataset, [story.compared for story in stories])
     known_names = frozenset(GENDERS) if dataset.train.info.source == "synthetic" else None
     endings = [beginning.ending for beginning in chosen]
-    for name in tqdm([*models, REAL], "text metrics", unit=" models", file=sys.stdout):
+    for name in tqdm([*models, REAL], "text metrics", file=sys.stdout):
         which = [i for i, story in enumerate(stories) if story.model == name]
         its_stories, its_copies = [stories[i] for i in which], [copies[i] for i in which]
         found = story_statistics(its_stories, its_copies, frequencies, known_names, sacrebleu, seed)
@@ -111,6 +113,10 @@ def judge(
     return report
 
 
+def _bar(label: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=label, mininterval=0.5, file=sys.stdout)
+
+
 def _validation_ids(dataset: Dataset, texts: Sequence[str], storyteller: Storyteller) -> np.ndarray:
     """The validation stories in the tokens of a model, each with an end-of-text token."""
     tokenizer = storyteller.tokenizer
@@ -128,7 +134,7 @@ def _search(dataset: Dataset, texts: Sequence[str]) -> tuple[list[Copies], list[
     newline = tokenizer.encode_ordinary("\n")[0]
     search = CopySearch([tokenizer.encode_ordinary(text) for text in texts], tokenizer.eot_token)
     frequencies: Counter[str] = Counter()
-    with tqdm(total=len(ids), desc="training set", unit=" tokens", file=sys.stdout) as bar:
+    with _bar("training tokens", len(ids)) as bar:
         for position, chunk in story_chunks(ids, tokenizer.eot_token):
             search.read(chunk, position)
             frequencies.update(words(tokenizer.decode(np.where(chunk == tokenizer.eot_token, newline, chunk).tolist())))

@@ -101,7 +101,9 @@ def test_the_json_has_the_report_and_no_nan(judged):
 def test_the_nearest_story_is_a_training_story(judged, tiny_data):
     report, _ = judged
     training = stories_in(tiny_data / "train.bin", storyllm.load_tokenizer(tiny_data))
-    assert all(nearest in training for nearest in report.nearest)
+    for nearest, copies in zip(report.nearest, report.copies, strict=True):
+        assert nearest in training if copies.rouge_2 else nearest == ""  # a story may share no bigram with any
+    assert sum(copies.rouge_2 > 0 for copies in report.copies) > 6
 
 
 def test_the_same_arguments_give_the_same_report(judged, tiny_data, tiny_run):
