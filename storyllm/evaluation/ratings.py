@@ -47,7 +47,9 @@ class RatingReport:
     alpha: dict[str, float]  # criterion -> Krippendorff's alpha; NaN with a single rater
 
     def __str__(self) -> str:
-        lines = [f"{self.raters} raters, {self.stories} stories; means with 95% intervals"]
+        lines = [
+            f"raters: {self.raters}, stories: {self.stories}; means with 95% intervals, an age group is 0 (A) to 5 (F)"
+        ]
         for criterion, means in self.means.items():
             alpha = self.alpha[criterion]
             lines.append(f"{criterion} (Krippendorff's alpha {'-' if np.isnan(alpha) else f'{alpha:.2f}'})")

@@ -61,7 +61,7 @@ def judge(
         raise StoryLLMError(f"models are {list(models)}, must be at least one, not named {REAL!r} or {FLOOR!r}")
     if out is not None and (Path(out) / DATA).exists() and not overwrite:
         raise StoryLLMError(f"{out} already has a report; use another folder, or replace it (--overwrite)")
-    sacrebleu, dataset = SacreBLEU(), open_dataset(data)
+    dataset, sacrebleu = open_dataset(data), SacreBLEU()
     texts = story_texts(dataset.validation, dataset.tokenizer)
     chosen = choose_beginnings(texts, beginnings, seed)
     stories: list[Story] = []

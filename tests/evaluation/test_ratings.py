@@ -90,7 +90,7 @@ def test_means_and_differences_by_hand(report):
     assert result.means["age group"]["good"].value == pytest.approx(3)  # C and E
     assert 0 < result.alpha["plot"] < 1
     text = str(result)
-    assert "2 raters, 15 stories" in text and "-2.00 to the real stories" in text
+    assert "raters: 2, stories: 15" in text and "-2.00 to the real stories" in text
 
 
 def test_raters_who_agree_have_alpha_1_and_a_single_rater_has_none(report):
