@@ -7,6 +7,7 @@ from .data.stories import read_stories
 from .data.token_file import load_tokenizer, open_token_file, verify
 from .evaluation.comparison import StoryReport
 from .evaluation.likelihood import Report, evaluate
+from .evaluation.ratings import RatingReport, rating_report, write_rating_sheets
 from .evaluation.report import judge
 from .model.gpt import GPT
 from .model.sampling import next_token_probs
@@ -26,6 +27,7 @@ __all__ = [
     "DataConfig",
     "GPTConfig",
     "Log",
+    "RatingReport",
     "Recipe",
     "Report",
     "StoryLLMError",
@@ -44,9 +46,11 @@ __all__ = [
     "plot_losses",
     "plot_runs",
     "prepare",
+    "rating_report",
     "read_log",
     "read_stories",
     "train",
     "verify",
     "wrap",
+    "write_rating_sheets",
 ]

@@ -23,7 +23,7 @@ from .data.prepare import prepare
 from .data.token_file import verify
 from .device import is_out_of_memory
 from .evaluation.likelihood import evaluate
-from .evaluation.ratings import rate, write_rating_sheets
+from .evaluation.ratings import rating_report, write_rating_sheets
 from .evaluation.report import PAGE, judge
 from .files import os_error
 from .plots.loss_curves import plot_losses, plot_runs
@@ -180,11 +180,11 @@ class Judge:
         if self.sheet:
             print(*write_rating_sheets(self.out, self.rated, self.raters, self.seed), sep="\n")
         elif self.ratings:
-            print(rate(self.ratings, self.out))
+            print(printable(str(rating_report(self.ratings, self.out))))
         else:
             options = "data out beginnings temperature top_k top_p max_new_tokens seed device overwrite".split()
             paths = [_file_in(path, BEST) for path in self.checkpoint or (Path("checkpoints"),)]
-            print(judge(_named(paths), **{name: getattr(self, name) for name in options}))
+            print(printable(str(judge(_named(paths), **{name: getattr(self, name) for name in options}))))
             print(printable(str(self.out / PAGE)))
         return 0
 

@@ -31,6 +31,7 @@ class Metric:
     percent: bool = False  # the value is from 0 to 1
 
     def shown(self, value: float) -> str:
+        """A value as text."""
         return f"{100 * value:,.{self.decimals}f}%" if self.percent else f"{value:,.{self.decimals}f}"
 
 
@@ -169,7 +170,9 @@ def story_statistics(
     statistics["readability"] = bootstrap(np.array(readable), lambda sums: readability_grade(*sums), seed)
     statistics["compression_ratio"] = jackknife(texts, compression_ratio)
     for n in (1, 2, 3):
-        statistics[f"distinct_{n}"] = jackknife(texts, partial(distinct_n, n=n, vocabulary_size=len(frequencies)))
+        statistics[f"distinct_{n}"] = jackknife(
+            texts, partial(distinct_n, n=n, vocabulary_size=max(1, len(frequencies)))
+        )
     return statistics
 
 

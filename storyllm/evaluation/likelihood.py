@@ -95,7 +95,7 @@ def story_losses(storyteller: Storyteller, ids: np.ndarray, progress: Callable[[
     """
     model = storyteller.model
     device, block_size = model.device, model.config.block_size
-    windows_per_batch = max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // block_size)
+    windows_per_batch = max(1, CPU_TOKENS // block_size)  # few, since all their logits are in memory
     losses, sums, counts = [], np.zeros(block_size), np.zeros(block_size, int)
     with eval_mode(model):
         for x, y in sequential_windows(ids, block_size, windows_per_batch):

@@ -38,6 +38,8 @@ class Settings:
     def __post_init__(self) -> None:
         if type(self.beginnings) is not int or self.beginnings < 2:
             raise StoryLLMError(f"beginnings is {shown(self.beginnings)}, must be an integer of at least 2")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63 - self.beginnings:
+            raise StoryLLMError(f"seed is {shown(self.seed)}, must be an integer from 0 to 2**63 - 1 - beginnings")
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,14 @@ class Rating:
 
 @dataclass(frozen=True)
 class RatingReport:
-    """The result of `rate`: for each of CRITERIA and "age group" the mean of each model and the raters' agreement."""
+    """The result of `rating_report`: for each of CRITERIA and "age group" the mean of each model and the raters' agreement."""
 
     raters: int
     stories: int
     means: dict[str, dict[str, Estimate]]  # criterion -> model -> mean with its interval
     to_real: dict[str, dict[str, Estimate]]  # criterion -> model -> difference to the real stories
     alpha: dict[str, float]  # criterion -> Krippendorff's alpha; NaN with a single rater
+    comments: list[str]  # with model, beginning and rater
 
     def __str__(self) -> str:
         lines = [
@@ -60,7 +61,7 @@ class RatingReport:
                     claim = "" if gap.excludes_zero else ", not a clear difference"
                     line += f"  {gap.value:+.2f} to the real stories ({gap.low:+.2f} to {gap.high:+.2f}{claim})"
                 lines.append(line)
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.comments])
 
 
 def write_rating_sheets(report: str | Path, beginnings: int = 10, raters: int = 3, seed: int = 0) -> list[Path]:
@@ -100,13 +101,13 @@ def read_ratings(paths: Sequence[str | Path], stories: set[str]) -> list[Rating]
                 raise StoryLLMError(f"{path} rates the story {shown(rating.story)}, which is not in {STORIES}")
             if (rating.rater, rating.story) in ratings:
                 raise StoryLLMError(
-                    f"{path} rates the story {rating.story} again as {rating.rater}; pass each file once"
+                    f"{path} rates the story {rating.story} again as {shown(rating.rater)}; pass each file once"
                 )
             ratings[rating.rater, rating.story] = rating
     return list(ratings.values())
 
 
-def rate(paths: Sequence[str | Path], report: str | Path, seed: int = 0) -> RatingReport:
+def rating_report(paths: Sequence[str | Path], report: str | Path, seed: int = 0) -> RatingReport:
     """What the ratings in these files say about the models of a report, given as its folder.
 
     Intervals are bootstraps over raters and beginnings: each resample draws both with replacement. Raises StoryLLMError
@@ -130,7 +131,12 @@ def rate(paths: Sequence[str | Path], report: str | Path, seed: int = 0) -> Rati
         means[criterion] = {model: mean.estimate() for model, mean in found.items()}
         to_real[criterion] = {m: mean.minus(found[REAL]).estimate() for m, mean in found.items() if m != REAL}
         alpha[criterion] = krippendorff_alpha(scores.reshape(len(raters), -1))
-    return RatingReport(len(raters), len({rating.story for rating in ratings}), means, to_real, alpha)
+    comments = [
+        f"{stories[r.story]['model']}, beginning {stories[r.story]['number'] + 1}, {r.rater}: {r.comment}"
+        for r in ratings
+        if r.comment
+    ]
+    return RatingReport(len(raters), len({rating.story for rating in ratings}), means, to_real, alpha, comments)
 
 
 def _means(scores: np.ndarray, seed: int) -> list[Statistic]:
@@ -152,6 +158,8 @@ def _read_stories(report: Path) -> list[dict[str, Any]]:
         raise StoryLLMError(f"{path} not found; run `storyllm judge` first, or pass its folder as --out")
     try:
         stories = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not stories or not all(type(story["number"]) is int for story in stories):
+            raise ValueError("no stories, or one without a number")
         return [{key: story[key] for key in ("id", "model", "number", "beginning", "completion")} for story in stories]
     except OSError as error:
         raise os_error("read", path, error) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..config import StoryLLMError
+from ..config import StoryLLMError, plain_number, shown
 from ..data.token_file import Dataset, open_dataset
 from ..data.tokenizer import tokenizer_hash
 from ..files import atomic_write
@@ -56,9 +56,12 @@ def judge(
     split. With `out`, writes report.html, report.json and stories.jsonl to that folder. Raises StoryLLMError if an
     argument is invalid, if sacrebleu is not installed, or if `out` has a report and `overwrite` is not set.
     """
+    beginnings, seed = plain_number(beginnings), plain_number(seed)
     settings = Settings(beginnings, temperature, top_k, top_p, max_new_tokens, seed)
-    if not models or {REAL, FLOOR} & set(models):
-        raise StoryLLMError(f"models are {list(models)}, must be at least one, not named {REAL!r} or {FLOOR!r}")
+    if not isinstance(models, Mapping) or not models or {REAL, FLOOR} & set(models):
+        raise StoryLLMError(
+            f"models is {shown(models)}, must be {{name: checkpoint}}, at least one and not named {REAL!r} or {FLOOR!r}"
+        )
     if out is not None and (Path(out) / DATA).exists() and not overwrite:
         raise StoryLLMError(f"{out} already has a report; use another folder, or replace it (--overwrite)")
     dataset, sacrebleu = open_dataset(data), SacreBLEU()

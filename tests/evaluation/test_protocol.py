@@ -109,6 +109,12 @@ def test_ids_do_not_tell_the_model():
     assert len(ids) == 2 and all(re.fullmatch("[0-9a-f]{16}", story_id) for story_id in ids)
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, 2**63 - 50, None])
+def test_the_seed_is_checked(seed):
+    with pytest.raises(StoryLLMError, match=r"seed is .*, must be an integer from 0"):
+        Settings(seed=seed)
+
+
 @pytest.mark.parametrize("beginnings", [1, 0, -3, 2.5, "many"])
 def test_the_number_of_beginnings_is_checked(beginnings):
     with pytest.raises(StoryLLMError, match=r"beginnings is .*, must be an integer of at least 2"):

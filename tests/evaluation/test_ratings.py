@@ -9,9 +9,9 @@ import re
 import numpy as np
 import pytest
 
-from storyllm import StoryLLMError
+from storyllm import StoryLLMError, rating_report, write_rating_sheets
 from storyllm.evaluation.protocol import REAL
-from storyllm.evaluation.ratings import AGE_GROUPS, CRITERIA, rate, write_rating_sheets
+from storyllm.evaluation.ratings import AGE_GROUPS, CRITERIA
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_sheets_need_a_report(tmp_path):
 
 def test_means_and_differences_by_hand(report):
     files = [ratings_file(report, "a", scores_of(7, 2, 8)), ratings_file(report, "b", scores_of(5, 2, 8), age="E")]
-    result = rate(files, report)
+    result = rating_report(files, report)
     assert (result.raters, result.stories) == (2, 15)
     plot = result.means["plot"]
     assert {model: mean.value for model, mean in plot.items()} == pytest.approx({"good": 6.4, "bad": 2.4, REAL: 8.4})
@@ -95,21 +95,21 @@ def test_means_and_differences_by_hand(report):
 
 def test_raters_who_agree_have_alpha_1_and_a_single_rater_has_none(report):
     files = [ratings_file(report, rater, scores_of(7, 2, 8)) for rater in "ab"]
-    assert rate(files, report).alpha["grammar"] == 1
-    assert math.isnan(rate(files[:1], report).alpha["grammar"])
-    assert "alpha -" in str(rate(files[:1], report))
+    assert rating_report(files, report).alpha["grammar"] == 1
+    assert math.isnan(rating_report(files[:1], report).alpha["grammar"])
+    assert "alpha -" in str(rating_report(files[:1], report))
 
 
 @pytest.mark.parametrize("scores", [[{"good0": 4}, {"good0": 6}], [{"good0": 4, "good1": 6}]])
 def test_both_raters_and_beginnings_are_resampled(report, scores):
     """Of two scores, 4 and 6, a quarter of the resamples has only one."""
     files = [ratings_file(report, f"rater-{i}", given) for i, given in enumerate(scores)]
-    mean = rate(files, report).means["plot"]["good"]
+    mean = rating_report(files, report).means["plot"]["good"]
     assert (mean.value, mean.low, mean.high) == (5, 4, 6)
 
 
 def test_unrated_stories_are_left_out(report):
-    result = rate([ratings_file(report, "a", {"good0": 4, f"{REAL}0": 6})], report)
+    result = rating_report([ratings_file(report, "a", {"good0": 4, f"{REAL}0": 6})], report)
     assert result.means["plot"]["good"].value == 4
     assert math.isnan(result.means["plot"]["bad"].value)
 
@@ -137,7 +137,7 @@ def changed(report, **values):
 )
 def test_invalid_ratings_are_rejected_in_one_line(report, values, words):
     with pytest.raises(StoryLLMError, match=words) as caught:
-        rate([changed(report, **values)], report)
+        rating_report([changed(report, **values)], report)
     assert "changed.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -145,26 +145,27 @@ def test_invalid_ratings_are_rejected_in_one_line(report, values, words):
 def test_files_that_no_sheet_saved_are_rejected(report, content):
     (report / "other.json").write_bytes(content)
     with pytest.raises(StoryLLMError, match=r"other\.json was not saved by a rating sheet"):
-        rate([report / "other.json"], report)
+        rating_report([report / "other.json"], report)
 
 
 def test_a_second_rating_of_a_story_by_one_rater_is_rejected(report):
     files = [ratings_file(report, "a", {"good0": 4}, name) for name in ("one", "two")]
-    with pytest.raises(StoryLLMError, match=r"two\.json rates the story good0 again as a"):
-        rate(files, report)
+    with pytest.raises(StoryLLMError, match=r"two\.json rates the story good0 again as 'a'"):
+        rating_report(files, report)
 
 
 def test_missing_and_empty_files_are_rejected(report):
     with pytest.raises(StoryLLMError, match=r"none\.json"):
-        rate([report / "none.json"], report)
+        rating_report([report / "none.json"], report)
     with pytest.raises(StoryLLMError, match="no story is rated"):
-        rate([ratings_file(report, "a", {})], report)
+        rating_report([ratings_file(report, "a", {})], report)
 
 
-def test_a_corrupted_report_is_rejected(report):
-    (report / "stories.jsonl").write_text('{"id": 1}\n')
+@pytest.mark.parametrize("content", ["", '{"id": 1}\n', "[]\n", "no json\n", '{"id": "a", "number": "0"}\n'])
+def test_a_corrupted_report_is_rejected(report, content):
+    (report / "stories.jsonl").write_text(content)
     with pytest.raises(StoryLLMError, match="was not written by `storyllm judge`"):
-        rate([ratings_file(report, "a", {})], report)
+        rating_report([ratings_file(report, "a", {})], report)
 
 
 # In a browser
@@ -195,8 +196,9 @@ def test_a_sheet_is_filled_in_with_the_mouse_and_read_back(report, open_page, tm
             page.locator("#next").click()
     path = saved(page, tmp_path / "filled.json")
     assert [item["comment"] for item in json.loads(path.read_bytes())["ratings"]] == [f"comment {n}" for n in range(6)]
-    result = rate([path], report)
+    result = rating_report([path], report)
     assert result.stories == 6
+    assert any(re.fullmatch(r"(good|bad|real stories), beginning [12], rater-1: comment 4", c) for c in result.comments)
     for model in ("good", "bad", REAL):
         expected = np.mean([given[f"{model}{number}"] for number in range(2)])
         assert result.means["plot"][model].value == pytest.approx(expected)

@@ -76,6 +76,12 @@ def test_bleu_of_summed_counts_is_that_of_the_corpus(metrics):
     assert metrics.bleu(sums) == pytest.approx(BLEU().corpus_score(stories, [others]).score)
 
 
+def test_an_empty_completion_has_nothing_in_common(metrics):
+    assert metrics.bleu_counts("", B) == [0] * 9 + [7]
+    assert metrics.bleu(np.array(metrics.bleu_counts("", B))) == metrics.chrf("", B) == 0
+    assert metrics.self_bleu(["", A, B])[0] == 0
+
+
 def test_chrf_is_that_of_sacrebleu(metrics):
     from sacrebleu import sentence_chrf
 

@@ -141,7 +141,13 @@ def test_the_table_has_a_row_for_each_metric(judged):
 
 
 @pytest.mark.parametrize(
-    ("models", "words"), [({}, "at least one"), ({REAL: "a.pt"}, REAL), ({"a": "missing.pt"}, r"missing\.pt")]
+    ("models", "words"),
+    [
+        ({}, "at least one"),
+        (["a.pt"], "must be {name: checkpoint}"),
+        ({REAL: "a.pt"}, REAL),
+        ({"a": "missing.pt"}, r"missing\.pt"),
+    ],
 )
 def test_invalid_models_are_rejected(judged, models, words, tiny_data):
     with pytest.raises(StoryLLMError, match=words):
