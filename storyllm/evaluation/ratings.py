@@ -38,7 +38,7 @@ class Rating:
 
 @dataclass(frozen=True)
 class RatingReport:
-    """The result of `rating_report`: for each of CRITERIA and "age group" the mean of each model and the raters' agreement."""
+    """The result of `rating_report`. A criterion is one of CRITERIA, or "age group"."""
 
     raters: int
     stories: int
