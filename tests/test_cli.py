@@ -202,6 +202,8 @@ def test_version(capsys):
         ("judge --checkpoint {run} --data missing", ["missing/train.bin"]),
         ("judge --checkpoint {run} --checkpoint {run}/best_model_params.pt", ["twice"]),
         ("judge --checkpoint {run} --beginnings 1", ["beginnings is 1"]),
+        ("judge --checkpoint {run} --seed -1", ["seed is -1"]),
+        ("judge --checkpoint {run} --temperature -1", ["temperature is -1.0"]),
         ("judge --sheet --out missing", ["missing/stories.jsonl", "storyllm judge"]),
         ("judge --ratings missing.json --out missing", ["missing/stories.jsonl", "storyllm judge"]),
         ("plot missing.jsonl", ["missing.jsonl"]),

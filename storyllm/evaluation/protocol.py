@@ -17,6 +17,7 @@ import tiktoken
 
 from ..config import StoryLLMError, shown
 from ..data.token_file import TokenFile
+from ..model.sampling import check_sampling
 from ..storyteller import Storyteller, UnfinishedStory
 
 REAL = "real stories"  # the name of the held-out stories among those of the models
@@ -36,6 +37,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_sampling(self.temperature, self.top_k, self.top_p)
         if type(self.beginnings) is not int or self.beginnings < 2:
             raise StoryLLMError(f"beginnings is {shown(self.beginnings)}, must be an integer of at least 2")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63 - self.beginnings:

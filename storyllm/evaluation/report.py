@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..config import StoryLLMError, plain_number, shown
 from ..data.token_file import Dataset, open_dataset
 from ..data.tokenizer import tokenizer_hash
-from ..files import atomic_write
+from ..files import atomic_write, lock_folder
 from ..storyteller import DEFAULT_MAX_NEW_TOKENS, Storyteller, load
 from .comparison import (
     FLOOR,
@@ -67,11 +67,15 @@ def judge(
     dataset, sacrebleu = open_dataset(data), SacreBLEU()
     texts = story_texts(dataset.validation, dataset.tokenizer)
     chosen = choose_beginnings(texts, beginnings, seed)
+    # A missing model or a folder that cannot be created is an error now, not after minutes of work.
+    storytellers = {n: model if isinstance(model, Storyteller) else load(model, device) for n, model in models.items()}
+    if out is not None:
+        with lock_folder(Path(out)):
+            pass
     stories: list[Story] = []
     statistics: dict[str, dict[str, Statistic]] = {}
     loss_by_position, tokenizers = {}, set()
-    for name, model in models.items():
-        storyteller = model if isinstance(model, Storyteller) else load(model, device)
+    for name, storyteller in storytellers.items():
         tokenizers.add(tokenizer_hash(storyteller.tokenizer))
         with _bar(f"{name}: stories", len(chosen)) as bar:
             for number, beginning in enumerate(chosen):
