@@ -69,7 +69,7 @@ class CopySearch:
         self._bigrams: torch.Tensor | None = None  # (different bigrams, texts): 1 where the text has the bigram
 
     def read(self, ids: np.ndarray, offset: int = 0) -> None:
-        """Searches a chunk of training ids that ends with a story. `offset` is the position of its first token."""
+        """Searches a chunk of whole training stories. `offset` is the position of its first token."""
         ids = ids.astype(np.uint64)
         positions, hashes = np.arange(len(ids)), np.zeros(len(ids), np.uint64)
         for k in count(1):
@@ -86,8 +86,6 @@ class CopySearch:
 
     def results(self) -> list[Copies]:
         """What was found for each text."""
-        for k in range(len(self._grams) + 1, MAX_K + 1):
-            self._grams_of(k)
         found = np.zeros((len(self.lengths), max(MAX_K, len(self._grams))), int)
         for k, grams in enumerate(self._grams):
             found[:, k] = np.bincount(grams.texts[grams.found[grams.index]], minlength=len(self.lengths))
