@@ -26,7 +26,7 @@ from .comparison import (
     story_statistics,
 )
 from .consistency import GENDERS
-from .likelihood import story_losses
+from .likelihood import StoryLosses, story_losses
 from .novelty import Copies, CopySearch, story_chunks
 from .pages import fill_template, to_json
 from .protocol import REAL, Settings, Story, choose_beginnings, complete, first_words, real_stories, story_texts
@@ -77,13 +77,9 @@ def judge(
     loss_by_position, tokenizers = {}, set()
     for name, storyteller in storytellers.items():
         tokenizers.add(tokenizer_hash(storyteller.tokenizer))
-        with _bar(f"{name}: stories", len(chosen)) as bar:
-            for number, beginning in enumerate(chosen):
-                stories.append(complete(storyteller, name, number, beginning, settings))
-                bar.update()
-        ids = _validation_ids(dataset, texts, storyteller)
-        with _bar(f"{name}: validation tokens", len(ids) - 1) as bar:
-            losses = story_losses(storyteller, ids, bar.update)
+        numbered = enumerate(tqdm(chosen, f"{name}: stories", mininterval=0.5, file=sys.stdout))
+        stories += [complete(storyteller, name, number, beginning, settings) for number, beginning in numbered]
+        losses = _validation_losses(dataset, texts, storyteller, name)
         text_bytes = np.array([len(text.encode()) for text in texts])
         statistics[name] = likelihood_statistics(losses.nats, losses.tokens, text_bytes, seed)
         loss_by_position[name] = losses.by_position.tolist()
@@ -120,16 +116,13 @@ def judge(
     return report
 
 
-def _bar(label: str, total: int) -> tqdm:
-    return tqdm(total=total, desc=label, mininterval=0.5, file=sys.stdout)
-
-
-def _validation_ids(dataset: Dataset, texts: Sequence[str], storyteller: Storyteller) -> np.ndarray:
-    """The validation stories in the tokens of a model, each with an end-of-text token."""
-    tokenizer = storyteller.tokenizer
-    if tokenizer_hash(tokenizer) == dataset.validation.info.tokenizer_hash:
-        return dataset.validation.ids
-    return np.array([i for text in texts for i in (*tokenizer.encode_ordinary(text), tokenizer.eot_token)])
+def _validation_losses(dataset: Dataset, texts: Sequence[str], storyteller: Storyteller, name: str) -> StoryLosses:
+    """The losses of the validation stories, in the tokens of the model."""
+    tokenizer, ids = storyteller.tokenizer, dataset.validation.ids
+    if tokenizer_hash(tokenizer) != dataset.validation.info.tokenizer_hash:
+        ids = np.array([i for text in texts for i in (*tokenizer.encode_ordinary(text), tokenizer.eot_token)])
+    with tqdm(total=len(ids) - 1, desc=f"{name}: validation tokens", mininterval=0.5, file=sys.stdout) as bar:
+        return story_losses(storyteller, ids, bar.update)
 
 
 def _search(dataset: Dataset, texts: Sequence[str]) -> tuple[list[Copies], list[str], Counter[str]]:
@@ -141,7 +134,7 @@ def _search(dataset: Dataset, texts: Sequence[str]) -> tuple[list[Copies], list[
     newline = tokenizer.encode_ordinary("\n")[0]
     search = CopySearch([tokenizer.encode_ordinary(text) for text in texts], tokenizer.eot_token)
     frequencies: Counter[str] = Counter()
-    with _bar("training tokens", len(ids)) as bar:
+    with tqdm(total=len(ids), desc="training tokens", mininterval=0.5, file=sys.stdout) as bar:
         for position, chunk in story_chunks(ids, tokenizer.eot_token):
             search.read(chunk, position)
             frequencies.update(words(tokenizer.decode(np.where(chunk == tokenizer.eot_token, newline, chunk).tolist())))

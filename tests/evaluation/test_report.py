@@ -173,6 +173,7 @@ def test_a_report_is_only_replaced_on_request(judged, tiny_data, tiny_run, tmp_p
 def test_the_page_fits_and_shows_every_metric(judged, open_page, width, scheme):
     report, folder = judged
     page = open_page(folder / "report.html", width, color_scheme=scheme)
+    page.locator("#differences summary").first.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     cards = page.locator(".card h3").all_inner_texts()
     shown = [metric.label for name, metric in METRICS.items() if not name.startswith("copied_")]
