@@ -116,7 +116,7 @@ def real_stories(beginnings: Iterable[Beginning]) -> list[Story]:
 
 
 def complete(storyteller: Storyteller, name: str, number: int, beginning: Beginning, settings: Settings) -> Story:
-    """The story that a model makes of a beginning. `Storyteller.generate` with this beginning and seed gives the same."""
+    """The story that a model makes of a beginning. `Storyteller.generate` with its seed gives the same."""
     seed = settings.seed + number
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
