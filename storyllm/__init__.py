@@ -5,7 +5,10 @@ from .config import DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig
 from .data.prepare import prepare
 from .data.stories import read_stories
 from .data.token_file import load_tokenizer, open_token_file, verify
+from .evaluation.comparison import StoryReport
 from .evaluation.likelihood import Report, evaluate
+from .evaluation.ratings import RatingReport, rating_report, write_rating_sheets
+from .evaluation.report import judge
 from .export.gguf_file import export_gguf
 from .export.hugging_face import export_hugging_face, push_to_hub
 from .export.web_page import export_page, playground
@@ -31,9 +34,11 @@ __all__ = [
     "DataConfig",
     "GPTConfig",
     "Log",
+    "RatingReport",
     "Recipe",
     "Report",
     "StoryLLMError",
+    "StoryReport",
     "Storyteller",
     "TrainConfig",
     "evaluate",
@@ -41,6 +46,7 @@ __all__ = [
     "export_hugging_face",
     "export_page",
     "get_recipe",
+    "judge",
     "load",
     "load_tokenizer",
     "lr_at",
@@ -60,10 +66,12 @@ __all__ = [
     "plot_tokens",
     "prepare",
     "push_to_hub",
+    "rating_report",
     "read_log",
     "read_stories",
     "samples_table",
     "train",
     "verify",
     "wrap",
+    "write_rating_sheets",
 ]

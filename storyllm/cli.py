@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, Suppress, arg
+from tyro.conf import OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 
 from . import __version__
 from .config import DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig, printable
@@ -23,6 +23,8 @@ from .data.prepare import prepare
 from .data.token_file import verify
 from .device import is_out_of_memory
 from .evaluation.likelihood import evaluate
+from .evaluation.ratings import rating_report, write_rating_sheets
+from .evaluation.report import PAGE, judge
 from .export.gguf_file import export_gguf
 from .export.hugging_face import check_hub_name, export_hugging_face, push_to_hub
 from .export.web_page import export_page
@@ -170,6 +172,40 @@ class Evaluate:
 
 
 @dataclass
+class Judge:
+    """Compare the stories of models in a report. With --sheet and --ratings, people rate the stories of a report."""
+
+    checkpoint: UseAppendAction[tuple[Path, ...]] = ()  # model file or its folder; repeat the option to compare models
+    data: Path = Path("data")  # folder with the models' training data
+    out: Path = Path("report")  # folder for report.html, report.json and stories.jsonl, and for rating sheets
+    beginnings: int = 50  # number of held-out stories whose beginnings each model completes
+    temperature: float = 1.0  # 0 is greedy decoding; higher is more random
+    top_k: int | None = None  # sample only from the k most likely tokens
+    top_p: float | None = None  # sample only from the smallest set of most likely tokens with at least this probability
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS  # maximum length of a completion in tokens
+    seed: int = 0  # random seed of the beginnings, the completions and the order on rating sheets
+    device: str = "auto"  # "auto", "cuda", "mps", "cpu", or any torch.device string
+    overwrite: bool = False  # replace an existing report
+    sheet: bool = False  # write a page for each rater, with stories of the report in random order
+    raters: int = 3  # number of pages
+    rated: int = 10  # number of beginnings on a page, each with a story from every model and the real one
+    ratings: tuple[Path, ...] = ()  # files that raters saved: print means, intervals and agreement
+
+    def run(self) -> int:
+        if self.sheet:
+            print(*write_rating_sheets(self.out, self.rated, self.raters, self.seed), sep="\n")
+        elif self.ratings:
+            print(printable(str(rating_report(self.ratings, self.out))))
+        else:
+            options = "data out beginnings temperature top_k top_p max_new_tokens seed device overwrite".split()
+            folders = self.checkpoint or (Path("checkpoints"),)
+            paths = [path / BEST if (path / BEST).is_file() else path for path in folders]
+            print(printable(str(judge(_named(paths), **{name: getattr(self, name) for name in options}))))
+            print(printable(str(self.out / PAGE)))
+        return 0
+
+
+@dataclass
 class Plot:
     """Plot the loss curves of a run, or compare the validation losses of several runs."""
 
@@ -281,6 +317,7 @@ def _run(arguments: list[str]) -> int:
         "train": Train(model=ModelOptions(**asdict(recipe.model)), train=recipe.train),
         "generate": Generate(),
         "evaluate": Evaluate(),
+        "judge": Judge(),
         "plot": Plot(),
         "export": Export(),
     }
@@ -306,6 +343,16 @@ def _selected_recipe(arguments: list[str]) -> Recipe:
 def _file_in(path: Path, name: str) -> Path:
     """The file of that name if `path` is a folder, otherwise `path` itself."""
     return path / name if path.is_dir() else path
+
+
+def _named(checkpoints: list[Path]) -> dict[str, Path]:
+    """The checkpoints under the names of their folders, or of their complete paths if some folders have the same."""
+    paths = [path.resolve() for path in checkpoints]
+    names = [path.parent.name if path.name == BEST else f"{path.parent.name}/{path.name}" for path in paths]
+    named = dict(zip(names if len(set(names)) == len(names) else map(str, paths), checkpoints, strict=True))
+    if len(named) < len(checkpoints):
+        raise StoryLLMError("a checkpoint is given twice; name each one once")
+    return named
 
 
 def _print_error(message: str) -> None:

@@ -30,6 +30,10 @@ MIN_INT8_PARAMETERS = 5_000_000  # the weights of smaller models fit in a CPU's 
 DEFAULT_MAX_NEW_TOKENS = 500  # nearly all stories of TinyStories and of the synthetic generator are shorter
 
 
+class UnfinishedStory(UserWarning):
+    """`max_new_tokens` truncated a story."""
+
+
 @dataclass(frozen=True)
 class Score:
     """The result of `Storyteller.score`: three lists with an entry for each token of the text."""
@@ -181,7 +185,8 @@ class Storyteller:
                 break
         if truncated:
             subject = "the story" if len(rows) == 1 else f"{truncated} of {len(rows)} stories"
-            warnings.warn(f"{subject} did not end within max_new_tokens ({max_new_tokens}); raise it", stacklevel=3)
+            message = f"{subject} did not end within max_new_tokens ({max_new_tokens}); raise it"
+            warnings.warn(message, UnfinishedStory, stacklevel=3)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
         ids = self.tokenizer.encode_ordinary(prompt) or [self.tokenizer.eot_token]

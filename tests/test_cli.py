@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import signal
 from pathlib import Path
@@ -15,7 +16,7 @@ import storyllm
 from storyllm import RECIPES, DataConfig, GPTConfig, TrainConfig, read_log
 from storyllm.cli import main
 
-COMMANDS = ("prepare", "train", "generate", "evaluate", "plot", "export")
+COMMANDS = ("prepare", "train", "generate", "evaluate", "judge", "plot", "export")
 TRAIN = ["train", "--recipe", "demo", *TINY_MODEL_OPTIONS]
 TRAIN += "--train.batch-size 2 --train.eval-windows 4 --train.device cpu --train.max-iters 6".split()
 
@@ -100,6 +101,26 @@ def test_a_terminal_shows_stories_with_lines_broken_at_words(run, capsys, monkey
     assert re.split("[ \n]+", shown) == re.split("[ \n]+", piped)
 
 
+def test_stories_are_judged_and_rated(run, tiny_data, tmp_path, capsys):
+    pytest.importorskip("sacrebleu", reason='sacrebleu is not installed (pip install "storyllm[judge]")')
+    out = tmp_path / "report"
+    judge = ["judge", "--data", str(tiny_data), "--out", str(out)]
+    checkpoints = ["--checkpoint", str(run), "--checkpoint", str(run / "last.pt")]
+    printed = output_of(capsys, *judge, *checkpoints, "--beginnings", "2", "--max-new-tokens", "5", "--seed", "3")
+    assert re.search(r"checkpoints +checkpoints/last\.pt +real stories +random ending\nbits per byte ", printed)
+    assert printed.endswith(f"{out / 'report.html'}\n")
+    assert json.loads((out / "report.json").read_text())["settings"]["seed"] == 3
+    sheets = output_of(capsys, *judge, "--sheet", "--raters", "2", "--rated", "1").splitlines()
+    assert sheets == [str(out / "rater-1.html"), str(out / "rater-2.html")]
+    stories = [json.loads(line)["id"] for line in (out / "stories.jsonl").read_text().splitlines()]
+    scores = {"grammar": 8, "creativity": 3, "consistency": 5, "plot": 4, "age": "B", "comment": ""}
+    ratings = {"rater": "rater-1", "ratings": [{"story": story, **scores} for story in stories]}
+    (tmp_path / "rater-1.json").write_text(json.dumps(ratings))
+    assert "real stories" in output_of(capsys, *judge, "--ratings", str(tmp_path / "rater-1.json"))
+    assert main([*judge, *checkpoints]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_shells_can_complete_the_options_of_every_command(shell, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -178,6 +199,13 @@ def test_version(capsys):
         ("generate --num-stories 0 --checkpoint {run}/last.pt", ["num_stories is 0"]),
         ("generate --device tpu --checkpoint {run}/last.pt", ["'tpu'"]),
         ("evaluate --checkpoint {run}/last.pt --data missing.bin", ["missing.bin"]),
+        ("judge --checkpoint {run} --data missing", ["missing/train.bin"]),
+        ("judge --checkpoint {run} --checkpoint {run}/best_model_params.pt", ["twice"]),
+        ("judge --checkpoint {run} --beginnings 1", ["beginnings is 1"]),
+        ("judge --checkpoint {run} --seed -1", ["seed is -1"]),
+        ("judge --checkpoint {run} --temperature -1", ["temperature is -1.0"]),
+        ("judge --sheet --out missing", ["missing/stories.jsonl", "storyllm judge"]),
+        ("judge --ratings missing.json --out missing", ["missing/stories.jsonl", "storyllm judge"]),
         ("plot missing.jsonl", ["missing.jsonl"]),
         ("plot {run}/log.jsonl --out /proc/missing/losses.png", ["/proc/missing"]),
     ],

@@ -28,7 +28,9 @@ data.space_stories data.synthetic data.formats data.local_files data.hold_out da
 data.tokenizer_json data.token_file data.prepare data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint importing storyteller
-evaluation.likelihood
+evaluation.likelihood evaluation.statistics evaluation.vocabulary evaluation.reference evaluation.diversity
+evaluation.novelty evaluation.consistency evaluation.protocol evaluation.comparison evaluation.pages evaluation.report
+evaluation.ratings
 training.muon training.optimizer training.interrupt training.trackers training.log training.mirror training.execution
 training.progress training.initial_model training.run_folder training.samples training.loop
 plots.style plots.loss_curves plots.architecture plots.text plots.predictions plots.internals
@@ -39,7 +41,7 @@ FOLDERS = list(dict.fromkeys(name.split(".")[0] for name in ORDER if "." in name
 
 # Imported only where they are used, because each takes up to a second or is optional.
 LAZY = {"datasets", "matplotlib", "pyarrow", "pandas", "transformers", "tokenizers", "tyro", "IPython"}
-LAZY |= {"huggingface_hub", "safetensors", "gguf", "tensorboard", "wandb", "trackio"}
+LAZY |= {"huggingface_hub", "safetensors", "gguf", "tensorboard", "wandb", "trackio", "sacrebleu"}
 
 
 def parse(module: str) -> ast.Module:

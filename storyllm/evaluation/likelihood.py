@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import StoryLLMError
@@ -80,6 +82,43 @@ def evaluate(storyteller: Storyteller, data: str | Path) -> Report:
         tokens=predicted,
         bytes=tokens.info.bytes,
     )
+
+
+@dataclass(frozen=True)
+class StoryLosses:
+    """The result of `story_losses`."""
+
+    nats: np.ndarray  # (stories,) the total loss of each story's tokens and its end-of-text token
+    tokens: np.ndarray  # (stories,) of them; the first token of the ids is not predicted
+    by_position: np.ndarray  # (block_size,) mean loss in nats of a token that has 1, 2, ... tokens before it
+
+
+@torch.no_grad()
+def story_losses(storyteller: Storyteller, ids: np.ndarray, progress: Callable[[int], object]) -> StoryLosses:
+    """The losses of `evaluate` for each story, and for each position in the context (Kaplan et al. 2020).
+
+    `progress` is called with the number of tokens predicted since its last call.
+    """
+    model = storyteller.model
+    device, block_size = model.device, model.config.block_size
+    windows_per_batch = max(1, CPU_TOKENS // block_size)  # few, since all their logits are in memory
+    losses, sums, counts = [], np.zeros(block_size), np.zeros(block_size, int)
+    with eval_mode(model):
+        for x, y in sequential_windows(ids, block_size, windows_per_batch):
+            logits, _ = model(torch.from_numpy(x).to(device))  # (B, T, vocab_size)
+            targets = torch.from_numpy(y).to(device).flatten()
+            nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none").cpu().double().numpy()
+            losses.append(nats)
+            sums[: y.shape[1]] += nats.reshape(y.shape).sum(0)
+            counts[: y.shape[1]] += len(y)
+            progress(y.size)
+    is_last = ids == storyteller.tokenizer.eot_token
+    story = (np.cumsum(is_last) - is_last)[1:]  # the number of the story of each predicted token
+    stories = int(is_last.sum())
+    with np.errstate(invalid="ignore"):
+        by_position = sums / counts  # NaN at positions that no window reaches
+    nats = np.bincount(story, np.concatenate(losses), minlength=stories)
+    return StoryLosses(nats, np.bincount(story, minlength=stories), by_position)
 
 
 @torch.no_grad()

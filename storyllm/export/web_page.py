@@ -40,10 +40,10 @@ def export_page(
 ) -> Path:
     """Writes a model as one HTML file that runs in a browser without a network; returns the path of the file.
 
-    `storyteller` is a Storyteller, or anything that `storyllm.load` accepts. Only a checkpoint has a recipe for the page
-    to show, and losses, if the log of the run is in the same folder. `weights` is "int8", with a scale for each row of
-    a matrix, or "float16", which is exact to 3 digits and twice as large. Raises StoryLLMError if the file exists, unless
-    `overwrite`, and if the weights are not finite or not float32.
+    `storyteller` is a Storyteller, or anything that `storyllm.load` accepts. Only a checkpoint has a recipe for the
+    page to show, and losses, if the log of the run is in the same folder. `weights` is "int8", with a scale for each
+    row of a matrix, or "float16", which is exact to 3 digits and twice as large. Raises StoryLLMError if the file
+    exists, unless `overwrite`, and if the weights are not finite or not float32.
     """
     path = Path(path)
     if path.exists() and not overwrite:
