@@ -11,7 +11,7 @@ from helpers import TINY
 
 from storyllm import GPT, DataConfig, Recipe, export_page, playground
 from storyllm.checkpoint import model_contents, save_checkpoint
-from storyllm.data.tokenizer import _encoding  # no public function creates such a vocabulary
+from storyllm.data.tokenizer import tokenizer_of
 
 SECONDS = 60  # a machine may be busy
 HOSTILE = (
@@ -275,7 +275,7 @@ def test_a_prompt_of_a_megabyte_does_not_freeze_the_page(open_page):
 def test_hostile_text_in_prompt_vocabulary_and_recipe_is_only_text(open_page, storyteller, tmp_path):
     tokens = [storyteller.tokenizer.decode_single_token_bytes(i) for i in range(storyteller.tokenizer.eot_token)]
     tokens[280] = HOSTILE.encode()
-    tokenizer = _encoding("<b>name</b>", tokens)
+    tokenizer = tokenizer_of("<b>name</b>", tokens)
     model = GPT(dataclasses.replace(TINY.model, block_size=256)).eval()
     model.transformer["wte"].weight.data[280] *= 50  # make it likely
     recipe = Recipe(model.config, DataConfig(source=HOSTILE, text_column=HOSTILE), TINY.train)
