@@ -1,8 +1,7 @@
-"""A report of tiny models, and a browser, for the tests of the report and of the rating sheets."""
+"""A report of tiny models, and pages in a browser, for the tests of the report and of the rating sheets."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,6 @@ def judged(tiny_data: Path, tiny_run: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("judged") / "report"
     models = {"trained": tiny_run / "best_model_params.pt", "untrained": untrained}
     return storyllm.judge(models, tiny_data, folder, beginnings=4, max_new_tokens=60, device="cpu"), folder
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """A headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as running:
-        try:
-            chromium = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        except playwright.Error:
-            pytest.skip("Chromium is not installed")
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
