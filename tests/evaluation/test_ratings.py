@@ -228,8 +228,14 @@ def test_answers_are_kept_when_the_page_is_closed(report, open_page, tmp_path):
         page.locator(f"input[name={criterion}][value='4'] + span").click()
     page.locator("input[name=age][value=A] + span").click()
     page.locator("#next").click()
+    page.wait_for_function("document.title === 'Story 2 of 3'")
     page.close()
     again = open_page(sheet, context=page.context)
+    for _ in range(100):  # Chromium passes what a page has stored on to others with a delay
+        if again.title() == "Story 2 of 3":
+            break
+        again.wait_for_timeout(100)
+        again.reload()
     assert again.title() == "Story 2 of 3"
     assert again.locator("#save").inner_text() == "Save 1 of 3 ratings as a file"
     again.locator("#back").click()
