@@ -104,9 +104,8 @@ def _problem(name: str) -> str | None:
         result = (torch.ones(2, dtype=torch.float32, device=name) + 1).sum()
         return None if result == 4 else f"1 + 1 is {result / 2}"
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError) as error:
-        return (
-            " ".join(str(error).split())[:100] or type(error).__name__
-        )  # unknown name, not compiled in, no such device
+        # An unknown name, a device that is not compiled in, or none of that kind.
+        return " ".join(str(error).split())[:100] or type(error).__name__
 
 
 def resolve_device_config(train: TrainConfig, model: GPTConfig) -> DeviceConfig:

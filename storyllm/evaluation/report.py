@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..config import StoryLLMError, plain_number, shown
+from ..data.prepare import ProgressBar
 from ..data.token_file import Dataset, open_dataset
 from ..data.tokenizer import tokenizer_hash
 from ..files import atomic_write, lock_folder
@@ -77,7 +77,7 @@ def judge(
     loss_by_position, tokenizers = {}, set()
     for name, storyteller in storytellers.items():
         tokenizers.add(tokenizer_hash(storyteller.tokenizer))
-        numbered = enumerate(tqdm(chosen, f"{name}: stories", mininterval=0.5, file=sys.stdout))
+        numbered = enumerate(ProgressBar(chosen, f"{name}: stories", mininterval=0.5, file=sys.stdout))
         stories += [complete(storyteller, name, number, beginning, settings) for number, beginning in numbered]
         losses = _validation_losses(dataset, texts, storyteller, name)
         text_bytes = np.array([len(text.encode()) for text in texts])
@@ -88,7 +88,7 @@ def judge(
     copies, nearest, frequencies = _search(dataset, [story.compared for story in stories])
     known_names = frozenset(GENDERS) if dataset.train.info.source == "synthetic" else None
     endings = [beginning.ending for beginning in chosen]
-    for name in tqdm([*models, REAL], "text metrics", file=sys.stdout):
+    for name in ProgressBar([*models, REAL], "text metrics", file=sys.stdout):
         which = [i for i, story in enumerate(stories) if story.model == name]
         its_stories, its_copies = [stories[i] for i in which], [copies[i] for i in which]
         found = story_statistics(its_stories, its_copies, frequencies, known_names, sacrebleu, seed)
@@ -121,7 +121,7 @@ def _validation_losses(dataset: Dataset, texts: Sequence[str], storyteller: Stor
     tokenizer, ids = storyteller.tokenizer, dataset.validation.ids
     if tokenizer_hash(tokenizer) != dataset.validation.info.tokenizer_hash:
         ids = np.array([i for text in texts for i in (*tokenizer.encode_ordinary(text), tokenizer.eot_token)])
-    with tqdm(total=len(ids) - 1, desc=f"{name}: validation tokens", mininterval=0.5, file=sys.stdout) as bar:
+    with ProgressBar(total=len(ids) - 1, desc=f"{name}: validation tokens", mininterval=0.5, file=sys.stdout) as bar:
         return story_losses(storyteller, ids, bar.update)
 
 
@@ -134,7 +134,7 @@ def _search(dataset: Dataset, texts: Sequence[str]) -> tuple[list[Copies], list[
     newline = tokenizer.encode_ordinary("\n")[0]
     search = CopySearch([tokenizer.encode_ordinary(text) for text in texts], tokenizer.eot_token)
     frequencies: Counter[str] = Counter()
-    with tqdm(total=len(ids), desc="training tokens", mininterval=0.5, file=sys.stdout) as bar:
+    with ProgressBar(total=len(ids), desc="training tokens", mininterval=0.5, file=sys.stdout) as bar:
         for position, chunk in story_chunks(ids, tokenizer.eot_token):
             search.read(chunk, position)
             frequencies.update(words(tokenizer.decode(np.where(chunk == tokenizer.eot_token, newline, chunk).tolist())))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import StoryLLMError
 from ..data.tokenizer_json import tokenizer_to_json
 from ..files import fsync, os_error
-from ..importing import load_model, missing_extra
+from ..importing import OPTIONS, load_model, missing_extra
 from ..model.gpt import GPT
 
 # Parts of a block in StoryLLM -> in GGUF.
@@ -26,7 +26,6 @@ BLOCK_PARTS = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-LAYER_NORM_EPSILON = 1e-5
 
 
 def export_gguf(checkpoint: str | Path, path: str | Path, overwrite: bool = False) -> None:
@@ -75,7 +74,7 @@ def _add_settings(writer: Any, model: GPT, name: str) -> None:
     writer.add_feed_forward_length(4 * config.n_embd)
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(LAYER_NORM_EPSILON)
+    writer.add_layer_norm_eps(OPTIONS["layer_norm_epsilon"])
     writer.add_file_type(0)  # float32
 
 

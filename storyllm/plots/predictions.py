@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from ..config import StoryLLMError, printable
-from ..data.windows import sequential_windows
-from ..evaluation.likelihood import open_tokens_of
+from ..evaluation.likelihood import open_tokens_of, story_losses
 from ..model.decoding import eval_mode
 from ..model.sampling import next_token_probs
 from ..storyteller import Storyteller
@@ -64,7 +62,6 @@ def _next_logits(storyteller: Storyteller, prompt: str) -> torch.Tensor:
         return model.next_logits(torch.tensor([ids[-model.config.block_size :]], device=model.device))[0].float().cpu()
 
 
-@torch.no_grad()
 def plot_loss_by_position(
     storyteller: Storyteller, data: str | Path, windows: int = 256, out: str | Path | None = None
 ) -> Figure:
@@ -73,18 +70,11 @@ def plot_loss_by_position(
     The dashed line is the mean of all positions. The figure is saved to `out` if given, in the format of its suffix.
     Raises StoryLLMError if the file was prepared with another tokenizer or has no complete window.
     """
-    tokens = open_tokens_of(storyteller, data)
-    model, losses = storyteller.model, []
-    T = model.config.block_size
-    with eval_mode(model):
-        for x, y in sequential_windows(tokens.ids[: windows * T + 1], T, 16):
-            if x.shape[1] == T:  # the last window may be shorter
-                logits = model(torch.from_numpy(x).to(model.device))[0]
-                targets = torch.from_numpy(y).to(model.device)
-                losses.append(F.cross_entropy(logits.transpose(1, 2).float(), targets, reduction="none").cpu())
-    if not losses:
+    ids, T = open_tokens_of(storyteller, data).ids, storyteller.model.config.block_size
+    complete = min(windows, (len(ids) - 1) // T)
+    if complete < 1:
         raise StoryLLMError(f"{data} has no complete window of {T} tokens, expected at least one; use a larger file")
-    mean = torch.cat(losses).mean(0).numpy()
+    mean = story_losses(storyteller, ids[: complete * T + 1], progress=lambda count: None).by_position
     with house_style():
         figure = new_figure(9, 3.2)
         axes = figure.subplots()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import tiktoken
 
 from ..config import StoryLLMError, printable
+from ..evaluation.reference import ngrams
 from ..storyteller import Storyteller
 from .style import MUTED, finish, house_style, new_figure
 
@@ -80,8 +81,7 @@ def _words(text: str) -> list[str]:
 
 
 def _phrases(text: str) -> set[tuple[str, ...]]:
-    words = _words(text)
-    return set(zip(*(words[i:] for i in range(NGRAM)), strict=False))
+    return set(ngrams(_words(text), NGRAM))
 
 
 def _in_phrases(pieces: Sequence[str], phrases: set[tuple[str, ...]]) -> list[bool]:
