@@ -95,7 +95,7 @@ const FULL_SHADE = 6; // nats; the shade of rarer tokens (1 in 400) is the same
 let info = null; // of the model
 let tokens = []; // {text, surprisal, node}
 let selected = -1; // index of a token; tokens.length: the one that would come next
-let attention = null; // {start, T, weights}
+let attention = null; // {layer, head, start, T, weights}
 let isRunning = false, stopRequested = false;
 
 const showStatus = (text) => (element("status").textContent = text);
@@ -179,12 +179,12 @@ async function run(isNew) {
   try {
     if (isNew) await begin();
     const { result, added } = stopRequested ? { result: "stop", added: 0 } : await extend();
+    await showAttention();
+    if (selected < 0) select(tokens.length - 1);
     const reason = { end: "The story ended", stop: "Stopped", length: "Length reached" }[result];
     showStatus(`${reason} after ${count(added)} new tokens.`);
     setRunning(false);
     element("continue").disabled = result === "end";
-    await showAttention();
-    if (selected < 0) select(tokens.length - 1);
   } catch (error) {
     showStatus(error.message);
     setRunning(false);
@@ -285,7 +285,8 @@ async function showCandidates() {
 
 async function showAttention() {
   if (!tokens.length) return;
-  attention = await call("attention", [Number(element("layer").value), Number(element("head").value)]);
+  const layer = Number(element("layer").value), head = Number(element("head").value);
+  attention = { layer, head, ...(await call("attention", [layer, head])) };
   drawHeatMap();
   shadeAll();
 }
@@ -298,13 +299,12 @@ function drawHeatMap() {
     caption.textContent = "";
     return;
   }
-  const { start, T, weights } = attention, context = canvas.getContext("2d");
+  const { layer, head, start, T, weights } = attention, context = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
   const components = (name) => style.getPropertyValue(name).split(" ").map(Number);
   const ink = components("--attention-rgb"), mark = components("--mark-rgb");
   canvas.width = canvas.height = T;
-  canvas.setAttribute("aria-label", `Attention of layer ${Number(element("layer").value) + 1}, head `
-    + `${Number(element("head").value) + 1}: ${T} by ${T} tokens`);
+  canvas.setAttribute("aria-label", `Attention of layer ${layer}, head ${head}: ${T} by ${T} tokens`);
   const image = context.createImageData(T, T);
   const row = selected - start;
   for (let t = 0; t < T; t++) {
@@ -360,7 +360,7 @@ function showModel() {
     ...(recipe.data.source ? [["Stories", printable(recipe.data.source)]] : []),
   ]);
   for (const [id, n] of [["layer", config.n_layer], ["head", config.n_head]]) {
-    element(id).append(...Array.from({ length: n }, (_, i) => create("option", { value: i }, i + 1)));
+    element(id).append(...Array.from({ length: n }, (_, i) => create("option", { value: i }, i)));
   }
   if (evaluations.length) {
     const last = evaluations.at(-1), best = evaluations.reduce((a, b) => (b.val_loss < a.val_loss ? b : a));
