@@ -209,7 +209,7 @@ def test_attention_is_drawn_and_shades_the_tokens(open_page):
     assert page.evaluate("document.getElementById('heat-map').width") == size
     page.check("input[value='attention']")
     page.locator(".token").nth(5).hover()
-    page.wait_for_selector("#attention-caption:has-text('reads mostly')")
+    page.wait_for_selector("#attention-caption:has-text('attends mostly to')")
     strengths = page.evaluate(
         "[...document.querySelectorAll('.token')].map((t) => parseFloat(t.style.getPropertyValue('--strength')))"
     )

@@ -133,8 +133,8 @@ function shade(index) {
 function shadeAll() {
   const mode = new FormData(element("view-form")).get("shading");
   document.body.dataset.shading = mode;
-  element("legend-low").textContent = mode === "attention" ? "not read" : "expected";
-  element("legend-high").textContent = mode === "attention" ? "read most" : "surprising";
+  element("legend-low").textContent = mode === "attention" ? "no attention" : "expected";
+  element("legend-high").textContent = mode === "attention" ? "most attention" : "surprising";
   tokens.forEach((_, index) => shade(index));
 }
 
@@ -317,12 +317,12 @@ function drawHeatMap() {
   }
   context.putImageData(image, 0, 0);
   if (row < 0 || row >= T) {
-    caption.textContent = selected < 0 ? "" : "The selected token has left the context, or has not been read yet.";
+    caption.textContent = selected < 0 ? "" : "The selected token has left the context or has not been read yet.";
     return;
   }
-  const read = Array.from(weights.subarray(row * T, row * T + row + 1), (weight, s) => [weight, s + start]);
-  const most = read.sort((a, b) => b[0] - a[0]).slice(0, 3);
-  caption.textContent = `“${visible(tokens[selected].text)}” reads mostly `
+  const attended = Array.from(weights.subarray(row * T, row * T + row + 1), (weight, s) => [weight, s + start]);
+  const most = attended.sort((a, b) => b[0] - a[0]).slice(0, 3);
+  caption.textContent = `“${visible(tokens[selected].text)}” attends mostly to `
     + `${most.map(([weight, i]) => `“${visible(tokens[i].text)}” (${percent(weight)})`).join(", ")}.`;
 }
 
