@@ -3,12 +3,15 @@
     python benchmarks/training_step.py
     python benchmarks/training_step.py --recipe demo
 
-Both run forward, backward and an update on the same batch. The plain loop also reads the loss after every batch.
+Both run forward, backward and an update on the same batch. The plain loop also reads the loss after every batch. Each
+measurement is a process of its own, since StoryLLM changes how a process that trains manages its memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import statistics
 from collections.abc import Callable
 
 import plain_loop
@@ -25,44 +28,57 @@ from common import (
 )
 
 import storyllm
+from storyllm.training.execution import process_state
+
+IMPLEMENTATIONS = (STORYLLM, "plain loop")
 
 
-def step_makers(recipe: storyllm.Recipe) -> dict[str, Callable[[], Callable[[], object]]]:
-    """For each implementation, a function that creates a model and returns a function that trains it on the batch."""
+def make_step(implementation: str, recipe: storyllm.Recipe) -> Callable[[], object]:
+    """Creates a model and returns a function that trains it on the batch."""
     config = dataclasses.replace(
         recipe.train, device="cpu", dtype="float32", gradient_accumulation_steps=1, max_iters=1_000_000
     )
     shape = (2, config.batch_size, recipe.model.block_size)
     x, y = torch.randint(recipe.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-
-    def make_storyllm_step() -> Callable[[], object]:
+    if implementation == STORYLLM:
         return make_update(dataclasses.replace(recipe, train=config), x, y)
-
-    def make_plain_step() -> Callable[[], object]:
-        losses = plain_loop.train(plain_loop.PlainGPT(recipe.model), lambda i: (x, y), config, "cpu")
-        return lambda: next(losses)
-
-    return {STORYLLM: make_storyllm_step, "plain loop": make_plain_step}
+    losses = plain_loop.train(plain_loop.PlainGPT(recipe.model), lambda i: (x, y), config, "cpu")
+    return lambda: next(losses)
 
 
-def main(recipe: str = "faithful", repeats: int = 5, memory: bool = True, memory_of: str | None = None) -> None:
-    """Times one batch, and with `memory` measures the peak memory of each implementation in a new process.
+def measure(implementation: str, recipe: storyllm.Recipe, repeats: int) -> None:
+    """Prints the median seconds of a batch and the peak memory of this process."""
+    with contextlib.ExitStack() as stack:
+        if implementation == STORYLLM:
+            stack.enter_context(process_state())
+        seconds = median_seconds({"": make_step(implementation, recipe)}, repeats)[""]
+    print(seconds, peak_memory_mb())
 
-    `memory_of` is for these processes: it prints the peak memory of two steps of that implementation.
+
+def main(recipe: str = "faithful", repeats: int = 5, rounds: int = 3, only: str | None = None) -> None:
+    """Measures both implementations in turn, `rounds` times, in new processes with `repeats` batches each.
+
+    `only` is for these processes: the implementation that they measure.
     """
-    makers = step_makers(storyllm.get_recipe(recipe))
-    if memory_of is not None:
-        step = makers[memory_of]()
-        step()
-        step()
-        print(peak_memory_mb())
+    settings = storyllm.get_recipe(recipe)
+    if only is not None:
+        measure(only, settings, repeats)
         return
-    batch_size = storyllm.get_recipe(recipe).train.batch_size
-    print(f"{describe_machine()}, recipe {recipe}, a batch of {batch_size} windows, medians of {repeats}")
-    print_table("one batch", "s", median_seconds({name: make() for name, make in makers.items()}, repeats))
-    if memory:
-        peaks = {name: run_in_subprocess(__file__, "--recipe", recipe, "--memory-of", name)[0] for name in makers}
-        print_table("peak memory of the process", "MB", peaks)
+    found: dict[str, list[list[float]]] = {name: [] for name in IMPLEMENTATIONS}
+    for _ in range(rounds):
+        for name in IMPLEMENTATIONS:
+            found[name].append(
+                run_in_subprocess(__file__, "--recipe", recipe, "--repeats", str(repeats), "--only", name)
+            )
+    print(
+        f"{describe_machine()}, recipe {recipe}, a batch of {settings.train.batch_size} windows, medians of {rounds} "
+        f"processes with {repeats} batches each"
+    )
+    seconds, peaks = (
+        {name: statistics.median(values[i] for values in found[name]) for name in IMPLEMENTATIONS} for i in (0, 1)
+    )
+    print_table("one batch", "s", seconds)
+    print_table("peak memory of the process", "MB", peaks)
 
 
 if __name__ == "__main__":

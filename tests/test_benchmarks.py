@@ -29,7 +29,7 @@ SMALLEST = {
     "windows.py": "--tokens 100000 --repeats 1 --batches 10",
     "matmul.py": "--rows 2 --repeats 1",
     "loss.py": "--tokens 32 --repeats 1",
-    "training_step.py": "--recipe demo --repeats 1",
+    "training_step.py": "--recipe demo --repeats 1 --rounds 1",
     "generation.py": "--recipe demo --stories 1 --repeats 1 --tokens-beyond 1",
     "shared_cpu.py": "--busy 1 --seconds 0.1 --rounds 1 --tasks 'generate demo (tokens/s)'",
     "import_time.py": "--repeats 1",
@@ -40,9 +40,9 @@ SMALLEST = {
     "learning_curves.py": "--source {stories} --runs demo --tokens 1024 --eval-windows 2 --published --out curves.svg",
     "faithful_curve.py": "--source {stories} --stop-at 1 --eval-windows 2",
 }
-# The scripts that also run in the normal suite, without the measurements that start processes. gpu.py runs loss.py and
+# The scripts that also run in the normal suite, since they start no processes. gpu.py runs loss.py and
 # generation.py.
-IN_PROCESS = {"windows.py": "", "matmul.py": "", "training_step.py": " --no-memory", "gpu.py": ""}
+IN_PROCESS = ("windows.py", "matmul.py", "gpu.py")
 TABLE_ROW = re.compile(
     r"^  StoryLLM +[\d.,e+-]+ \S+$\n^  .* +[\d.,e+-]+ \S+  \(StoryLLM: [\d.]+(x|% of the memory)\)$", re.M
 )
@@ -82,7 +82,7 @@ def test_the_readme_lists_every_script_and_make_bench_runs_those_for_a_cpu():
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("script", IN_PROCESS)
 def test_a_benchmark_prints_a_table(run_benchmark, script):
-    code, out, _ = run_benchmark(script, SMALLEST[script] + IN_PROCESS[script])
+    code, out, _ = run_benchmark(script, SMALLEST[script])
     assert code == 0
     assert TABLE_ROW.search(out), out
 
@@ -101,6 +101,14 @@ def test_a_benchmark_runs_from_the_command_line(script, tiny_data, tiny_run, tmp
         assert TABLE_ROW.search(done.stdout), done.stdout
     if script == "tokenization.py":
         assert "identical output: True" in done.stdout
+
+
+@pytest.mark.parametrize("implementation", ["StoryLLM", "plain loop"])
+def test_a_process_measures_one_implementation_of_a_training_step(run_benchmark, implementation):
+    code, out, _ = run_benchmark("training_step.py", f"--recipe demo --repeats 1 --only '{implementation}'")
+    seconds, megabytes = map(float, out.split())
+    assert code == 0
+    assert 0 < seconds < 60 and megabytes > 100
 
 
 def test_invalid_input_is_one_line_and_exit_code_2(run_benchmark):

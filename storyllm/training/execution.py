@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,10 @@ from ..device import DeviceConfig, is_out_of_memory
 from ..files import os_error
 from ..model.gpt import GPT
 from .interrupt import Interrupt
+
+# Parameters of glibc's mallopt (malloc.h) and their defaults: the free memory at the end of the heap that malloc keeps,
+# and the number of blocks that it may request from the system one by one.
+M_TRIM_THRESHOLD, M_MMAP_MAX = (-1, 128 * 1024), (-4, 65_536)
 
 # Held by the run that uses the random generators of this process.
 _PROCESS_LOCK = threading.Lock()
@@ -137,12 +143,32 @@ def process_state() -> Iterator[None]:
         )
     dtype = torch.get_default_dtype()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), reused_memory():
             torch.set_default_dtype(torch.float32)
             yield
     finally:
         torch.set_default_dtype(dtype)
         _PROCESS_LOCK.release()
+
+
+@contextmanager
+def reused_memory() -> Iterator[None]:
+    """Makes glibc keep the memory of freed tensors for the next ones, and return it in the end.
+
+    By default, it returns blocks over 32 MiB to the system immediately. Each new one then costs time to map and clear
+    its pages: about a fifth of an update of `fast` on a CPU. Does nothing with another C library.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        yield
+        return
+    libc.mallopt(M_TRIM_THRESHOLD[0], 2**31 - 1)
+    libc.mallopt(M_MMAP_MAX[0], 0)
+    try:
+        yield
+    finally:
+        libc.mallopt(*M_TRIM_THRESHOLD)
+        libc.mallopt(*M_MMAP_MAX)
+        libc.malloc_trim(0)
 
 
 @contextmanager

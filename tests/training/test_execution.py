@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import mmap
+import platform
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from storyllm import GPT, StoryLLMError
 from storyllm.device import DeviceConfig
-from storyllm.training.execution import Execution, one_line_errors
+from storyllm.training.execution import Execution, one_line_errors, reused_memory
 from storyllm.training.interrupt import Interrupt, StopRequested
 from storyllm.training.optimizer import make_optimizer
 
@@ -252,3 +255,17 @@ def test_other_errors_pass(error):
     with pytest.raises(type(error)) as caught, one_line_errors():
         raise error
     assert caught.value is error
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries manage memory differently")
+def test_freed_memory_is_kept_while_training_and_returned_afterwards():
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 2**20
+
+    with reused_memory():
+        torch.ones(2**26)  # 256 MiB
+        kept = resident_mib()
+    assert kept - resident_mib() > 200
+    before = resident_mib()
+    torch.ones(2**26)
+    assert resident_mib() - before < 50
