@@ -187,8 +187,8 @@ export class GPT {
  * Each number that is read is used two or four times, and the CPU computes the independent sums in parallel.
  */
 function multiply(x, w, y, n, t, o) {
-  const out = w.length / n, lastT = x.length / n - 1, lastO = out - 1;
-  const t1 = Math.min(t + 1, lastT), o1 = Math.min(o + 1, lastO), o2 = Math.min(o + 2, lastO), o3 = Math.min(o + 3, lastO);
+  const out = w.length / n, last = out - 1, t1 = Math.min(t + 1, x.length / n - 1);
+  const o1 = Math.min(o + 1, last), o2 = Math.min(o + 2, last), o3 = Math.min(o + 3, last);
   let a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
   for (let i = 0; i < n; i++) {
     const a = x[t * n + i], b = x[t1 * n + i];
