@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from storyllm import GPTConfig, Recipe, TrainConfig, read_log
+from storyllm import GPT, GPTConfig, Recipe, Storyteller, TrainConfig, read_log
 from storyllm.checkpoint import load_checkpoint
 
 # Sample data (real TinyStories, GPT-2's vocabulary) is used if it is in this folder next to the repository.
@@ -170,6 +170,14 @@ def model_in(page: Path) -> bytes:
     found = re.search(r'id="model-file">([^<]*)<', page.read_text(encoding="utf-8"))
     assert found
     return base64.b64decode(found[1])
+
+
+def rounded_to_float16(storyteller: Storyteller) -> Storyteller:
+    """The same model with its matrices rounded to float16."""
+    model = GPT(storyteller.model.config).eval()
+    state = storyteller.model.state_dict()
+    model.load_state_dict({name: w.half().float() if w.ndim == 2 else w for name, w in state.items()})
+    return Storyteller(model, storyteller.tokenizer)
 
 
 def flip_bit(path: Path, position: int, bit: int = 0) -> None:

@@ -50,8 +50,9 @@ def attention_weights(model: GPT, idx: Tensor) -> list[Tensor]:
 def plot_attention(storyteller: Storyteller, text: str, out: str | Path | None = None) -> Figure:
     """The attention of every layer and head for `text`: a row is a token, and shows which tokens it attends to.
 
-    Best for a sentence. The text may not exceed the context. The figure is saved to `out` if given, in the format of
-    its suffix. Raises StoryLLMError if the text is empty or too long.
+    Layers and heads are numbered from 0, as in the state dict. Best for a sentence. The text may not exceed the
+    context. The figure is saved to `out` if given, in the format of its suffix. Raises StoryLLMError if the text is
+    empty or too long.
     """
     tokenizer, model = storyteller.tokenizer, storyteller.model
     ids = tokenizer.encode_ordinary(text)

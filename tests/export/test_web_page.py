@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, model_in, random_stories
+from helpers import TINY, model_in, random_stories, rounded_to_float16
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,14 +39,6 @@ return input.map((prompt) => {
 """
 
 
-def rounded(storyteller: Storyteller) -> Storyteller:
-    """The same model with its matrices rounded to float16."""
-    model = GPT(storyteller.model.config).eval()
-    state = storyteller.model.state_dict()
-    model.load_state_dict({name: w.half().float() if w.ndim == 2 else w for name, w in state.items()})
-    return Storyteller(model, storyteller.tokenizer)
-
-
 # The engine
 
 
@@ -56,7 +48,7 @@ def test_float16_logits_are_those_of_python(in_node, pages, storyteller):
     for ids, row in zip(rows, logits, strict=True):
         with torch.no_grad():
             expected = storyteller.model.next_logits(torch.tensor([ids]))[0]
-            exact = rounded(storyteller).model.next_logits(torch.tensor([ids]))[0]
+            exact = rounded_to_float16(storyteller).model.next_logits(torch.tensor([ids]))[0]
         assert torch.tensor(row) == pytest.approx(expected, abs=2e-2)
         assert torch.tensor(row) == pytest.approx(exact, abs=1e-4)
 
@@ -70,13 +62,15 @@ def test_the_tanh_approximation_of_gelu_is_that_of_python(in_node, storyteller, 
     page = export_page(other, tmp_path / "page.html", weights="float16")
     ids = other.tokenizer.encode_ordinary("Once upon a time")
     with torch.no_grad():
-        expected = rounded(other).model.next_logits(torch.tensor([ids]))[0]
+        expected = rounded_to_float16(other).model.next_logits(torch.tensor([ids]))[0]
     assert torch.tensor(in_node(page, LOGITS, [ids])[0]) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
 def test_greedy_stories_are_those_of_python_also_beyond_the_context(in_node, pages, storyteller):
-    expected = [rounded(storyteller).generate(prompt, max_new_tokens=40, temperature=0) for prompt in PROMPTS]
+    expected = [
+        rounded_to_float16(storyteller).generate(prompt, max_new_tokens=40, temperature=0) for prompt in PROMPTS
+    ]
     assert in_node(pages["float16"], GREEDY, PROMPTS) == expected
     assert any(len(storyteller.tokenizer.encode_ordinary(story)) > 2 * TINY.model.block_size for story in expected)
 
@@ -109,7 +103,7 @@ def test_a_model_without_biases_and_with_an_odd_width(in_node, storyteller, tmp_
     page = export_page(odd, tmp_path / "odd.html", weights="float16")
     ids = torch.arange(100, 112)
     with torch.no_grad():
-        expected = rounded(odd).model.next_logits(ids[None])[0]
+        expected = rounded_to_float16(odd).model.next_logits(ids[None])[0]
     (logits,) = in_node(page, LOGITS, [ids.tolist()])
     assert torch.tensor(logits) == pytest.approx(expected, abs=1e-3)
 

@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, rounded_to_float16
 
-from storyllm import GPT, DataConfig, Recipe, export_page, playground
+from storyllm import GPT, DataConfig, Recipe, Storyteller, export_page, playground
 from storyllm.checkpoint import model_contents, save_checkpoint
 from storyllm.data.tokenizer import tokenizer_of
 
@@ -19,8 +19,25 @@ HOSTILE = (
 )
 
 
+@pytest.fixture(scope="module")
+def endless(storyteller):
+    """The model of `pages`, except that it never ends a story: the length of a story does not depend on luck."""
+    model = GPT(storyteller.model.config).eval()
+    model.load_state_dict(storyteller.model.state_dict())
+    embedding, norm = model.transformer["wte"].weight.data, model.transformer["ln_f"]
+    norm.weight.data[0], norm.bias.data[0] = 0, 10
+    embedding[:, 0] = 0
+    embedding[storyteller.tokenizer.eot_token, 0] = -10  # its logit is lower by 100
+    return Storyteller(model, storyteller.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def endless_page(endless, tmp_path_factory):
+    return export_page(endless, tmp_path_factory.mktemp("endless") / "page.html")
+
+
 @pytest.fixture
-def open_page(browser, pages):
+def open_page(browser, endless_page):
     """A function that opens a page from a file:// address. At the end, it has made no request and logged no error."""
     contexts, problems = [], []
 
@@ -28,7 +45,7 @@ def open_page(browser, pages):
         if not request.url.startswith(("file:", "blob:")):
             problems.append(request.url)
 
-    def open_page(path=pages["int8"], **options):
+    def open_page(path=endless_page, **options):
         context = browser.new_context(**options)
         context.set_default_timeout(1_000 * SECONDS)
         contexts.append(context)
@@ -47,7 +64,7 @@ def open_page(browser, pages):
 
 
 def generate(page, length=30, **values):
-    """Generates a story and returns its text."""
+    """Generates a story of `length` new tokens and returns its text."""
     for name, value in {"length": length, **values}.items():
         page.fill(f"#{name}", str(value))
     page.click("#generate")
@@ -56,6 +73,7 @@ def generate(page, length=30, **values):
 
 
 def finished(page):
+    """Waits for the end of a story, when the page has also drawn its attention and selected its last token."""
     page.wait_for_selector("#status:has-text('new tokens')")
 
 
@@ -76,15 +94,15 @@ def captions(page, text):
 def test_the_same_seed_gives_the_same_story(open_page):
     page = open_page()
     first = generate(page, prompt="One day", seed=7)
-    assert first.startswith("One day") and len(first) > 20
-    assert page.locator(".token").count() > 20
+    assert first.startswith("One day")
+    assert page.locator(".token").count() > 30
     assert generate(page, seed=8) != first
     assert generate(page, seed=7) == first
     page.click("#new-seed")
     assert page.input_value("#seed") != "7"
 
 
-# Presses Escape in the page itself: this model finishes a story before a click from outside arrives.
+# Presses Escape in the page itself: a click from outside may arrive after thousands of tokens.
 STOP_AFTER_20_TOKENS = """() => new Promise((resolve) => {
   const observer = new MutationObserver(() => {
     if (document.querySelectorAll(".token").length < 20) return;
@@ -99,8 +117,8 @@ STOP_AFTER_20_TOKENS = """() => new Promise((resolve) => {
 
 def test_a_story_can_be_stopped_and_continued(open_page):
     page = open_page()
-    assert len(generate(page, length=60, prompt="One day", seed=10)) > 60  # a story of several hundred tokens
-    page.fill("#length", "2000")
+    page.evaluate("document.getElementById('length').max = 10 ** 9")  # a story that does not end by itself
+    page.fill("#length", "1000000000")
     assert page.evaluate(STOP_AFTER_20_TOKENS) == "Stop"
     page.wait_for_selector("#status:has-text('Stopped after')")
     assert page.text_content("#generate") == "Generate"
@@ -114,13 +132,10 @@ def test_a_story_can_be_stopped_and_continued(open_page):
 def test_a_continued_story_is_the_longer_story(open_page):
     page = open_page()
     whole = generate(page, length=24, prompt="One day Mia", seed=3)
-    if page.is_enabled("#continue"):
-        generate(page, length=12)
-        page.click("#continue")
-        finished(page)
-        page.wait_for_selector("#generate:has-text('Generate')")
-        page.wait_for_selector(f".token >> nth={page.locator('.token').count() - 1}")
-        assert story(page) == whole
+    assert generate(page, length=12) != whole
+    page.click("#continue")
+    finished(page)
+    assert story(page) == whole
 
 
 def test_examples_fill_in_the_prompt(open_page):
@@ -138,27 +153,25 @@ def test_candidates_follow_the_selected_token_and_the_settings(open_page):
     tokens = page.locator(".token")
     tokens.nth(12).hover()
     assert selected(page) == tokens.nth(12).text_content()
-    values = captions(page, "surprisal")
-    assert 10 <= len(values) <= 11
+    assert 10 <= len(captions(page, "surprisal")) <= 11
+    page.mouse.move(0, 0)
     tokens.nth(14).focus()
     assert selected(page) == tokens.nth(14).text_content()
+    values = page.locator("#candidates .value")
     page.fill("#temperature", "0")
-    page.wait_for_selector("#candidates .value >> text='100.0%'")
-    assert page.locator("#candidates .value").all_text_contents()[1:] == ["0%"] * (
-        page.locator("#candidates li").count() - 1
-    )
+    page.wait_for_selector("#candidates li:nth-child(1) .value:text-is('100.0%')")
+    assert set(values.all_text_contents()[1:]) == {"0%"}
     page.fill("#temperature", "1")
+    page.wait_for_selector("#candidates li:nth-child(4) .value:not(:text-is('0%'))")
     page.fill("#top-k", "3")
     page.wait_for_selector("#candidates li:nth-child(4) .value:text-is('0%')")
-    assert [value != "0%" for value in page.locator("#candidates .value").all_text_contents()[:10]] == [True] * 3 + [
-        False
-    ] * 7
+    assert [value != "0%" for value in values.all_text_contents()[:10]] == [True] * 3 + [False] * 7
     assert page.text_content("#top-k-value") == "3"
 
 
 def test_the_page_works_with_the_keyboard_alone(open_page):
     page = open_page()
-    page.fill("#length", "3")  # too short to reach the end of the story, so that it can be continued
+    page.fill("#length", "3")
     page.focus("#prompt")
     page.keyboard.press("Control+A")
     page.keyboard.type("One day Tom")
@@ -196,16 +209,16 @@ def test_attention_is_drawn_and_shades_the_tokens(open_page):
     assert page.evaluate("document.getElementById('heat-map').width") == size
     page.check("input[value='attention']")
     page.locator(".token").nth(5).hover()
-    page.wait_for_selector("#attention-caption:has-text('reads mostly')")
+    page.wait_for_selector("#attention-caption:has-text('attends mostly to')")
     strengths = page.evaluate(
         "[...document.querySelectorAll('.token')].map((t) => parseFloat(t.style.getPropertyValue('--strength')))"
     )
     assert max(strengths) == 100 and not any(strengths[6:])
     drawn = "document.getElementById('heat-map').toDataURL()"
     before = page.evaluate(drawn)
-    page.select_option("#layer", label="2")
-    page.select_option("#head", label="2")
-    page.wait_for_selector("#heat-map[aria-label^='Attention of layer 2, head 2']")
+    page.select_option("#layer", label="1")
+    page.select_option("#head", label="1")
+    page.wait_for_selector("#heat-map[aria-label^='Attention of layer 1, head 1']")
     assert page.evaluate(drawn) != before
     page.check("#boundaries")
     assert "inset" in page.evaluate("getComputedStyle(document.querySelector('.token')).boxShadow")
@@ -240,8 +253,8 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_text_has_enough_contrast_and_fits_the_width(open_page, width, scheme):
-    page = open_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+def test_text_has_enough_contrast_and_fits_the_width(open_page, pages, width, scheme):
+    page = open_page(pages["int8"], viewport={"width": width, "height": 800}, color_scheme=scheme)
     generate(page, length=20, temperature=2, **{"top-p": "1"})
     page.click("summary")
     page.evaluate("document.querySelector('.token').style.setProperty('--strength', '100%')")
@@ -263,7 +276,7 @@ def test_the_console_has_the_functions_of_the_model(open_page, pages, storytelle
     assert torch.tensor(logits) == pytest.approx(expected, abs=2e-2)
     run = "(options) => storyllm.generate('One day', options)"
     greedy = page.evaluate(run, {"maxNewTokens": 12, "temperature": 0})
-    assert greedy == storyteller.generate("One day", max_new_tokens=12, temperature=0)
+    assert greedy == rounded_to_float16(storyteller).generate("One day", max_new_tokens=12, temperature=0)
     options = {"maxNewTokens": 12, "temperature": 0.9, "topK": 40, "topP": 0.95, "seed": 5}
     assert page.evaluate(run, options) == page.evaluate(run, options) != greedy
     error = page.evaluate("storyllm.generate('One day', {temperature: -1}).catch((error) => error.message)")
@@ -303,6 +316,7 @@ def test_hostile_text_in_prompt_vocabulary_and_recipe_is_only_text(open_page, st
 
 def test_the_policy_blocks_requests_and_other_scripts(browser, pages):
     page = browser.new_page()
+    page.set_default_timeout(1_000 * SECONDS)
     page.goto(pages["int8"].as_uri())
     blocked = """async () => {
       const script = document.createElement("script");
@@ -315,13 +329,15 @@ def test_the_policy_blocks_requests_and_other_scripts(browser, pages):
     page.close()
 
 
-def test_a_playground_runs_in_a_notebook_output(open_page, browser, storyteller, tmp_path):
+def test_a_playground_runs_in_a_notebook_output(browser, endless, tmp_path):
     path = tmp_path / "notebook.html"
-    path.write_text(f"<!doctype html><body>{playground(storyteller).data}</body>", encoding="utf-8")
+    path.write_text(f"<!doctype html><body>{playground(endless).data}</body>", encoding="utf-8")
     page = browser.new_page()
+    page.set_default_timeout(1_000 * SECONDS)
     page.goto(path.as_uri())
     frame = page.frame_locator("iframe")
-    frame.locator("#generate:enabled").click(timeout=1_000 * SECONDS)
-    frame.locator("#status:has-text('new tokens')").wait_for(timeout=1_000 * SECONDS)
-    assert frame.locator(".token").count() > 4
+    frame.locator("#length").fill("20")
+    frame.locator("#generate:enabled").click()
+    frame.locator("#status:has-text('after 20 new tokens')").wait_for()
+    assert frame.locator(".token").count() > 20
     page.close()

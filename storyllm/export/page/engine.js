@@ -172,26 +172,32 @@ export class GPT {
   /** (T, n) times the transposed (out, n) weight, plus the bias: (T, out). Nearly all the time is spent here. */
   linear(name, x) {
     const { data: weight, rows: out } = this.tensors[`${name}.weight`], bias = this.tensors[`${name}.bias`]?.data;
-    const n = weight.length / out, T = x.length / n, y = new Float64Array(T * out);
-    for (let o = 0; o < out; o++) {
-      for (let t = 0; t < T; t++) y[t * out + o] = dot(x, t * n, weight, o * n, n) + (bias ? bias[o] : 0);
+    const n = weight.length / out, y = new Float64Array((x.length / n) * out);
+    for (let o = 0; o < out; o += 4) {
+      for (let t = 0; t < x.length / n; t += 2) multiply(x, weight, y, n, t, o);
     }
+    if (bias) for (let i = 0; i < y.length; i++) y[i] += bias[i % out];
     return y;
   }
 }
 
-/** The product of the rows x[i, i + n) and w[j, j + n). The CPU computes the four independent sums in parallel. */
-function dot(x, i, w, j, n) {
-  let a = 0, b = 0, c = 0, d = 0;
-  const end = i + n - (n % 4);
-  for (; i < end; i += 4, j += 4) {
-    a += x[i] * w[j];
-    b += x[i + 1] * w[j + 1];
-    c += x[i + 2] * w[j + 2];
-    d += x[i + 3] * w[j + 3];
+/**
+ * Rows t and t + 1 of x times rows o to o + 3 of w. At the end, the last row takes the place of missing ones.
+ *
+ * Each number that is read is used two or four times, and the CPU computes the independent sums in parallel.
+ */
+function multiply(x, w, y, n, t, o) {
+  const out = w.length / n, last = out - 1, t1 = Math.min(t + 1, x.length / n - 1);
+  const o1 = Math.min(o + 1, last), o2 = Math.min(o + 2, last), o3 = Math.min(o + 3, last);
+  let a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
+  for (let i = 0; i < n; i++) {
+    const a = x[t * n + i], b = x[t1 * n + i];
+    const w0 = w[o * n + i], w1 = w[o1 * n + i], w2 = w[o2 * n + i], w3 = w[o3 * n + i];
+    a0 += a * w0; a1 += a * w1; a2 += a * w2; a3 += a * w3;
+    b0 += b * w0; b1 += b * w1; b2 += b * w2; b3 += b * w3;
   }
-  for (let rest = 0; rest < n % 4; rest++) a += x[i + rest] * w[j + rest];
-  return a + b + c + d;
+  y[t * out + o] = a0; y[t * out + o1] = a1; y[t * out + o2] = a2; y[t * out + o3] = a3;
+  y[t1 * out + o] = b0; y[t1 * out + o1] = b1; y[t1 * out + o2] = b2; y[t1 * out + o3] = b3;
 }
 
 function add(x, y) {

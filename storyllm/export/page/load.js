@@ -1,6 +1,6 @@
 // Reads a model file. The page appends this file to engine.js.
 
-/** Reads the model file that `model_file` in export/web_page.py writes: {model, tokenizer, info}. */
+/** Reads the model file that `pack_model` in export/web_page.py writes: {model, tokenizer, info}. */
 export async function loadModel(bytes) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const buffer = await new Response(stream).arrayBuffer();

@@ -95,7 +95,7 @@ const FULL_SHADE = 6; // nats; the shade of rarer tokens (1 in 400) is the same
 let info = null; // of the model
 let tokens = []; // {text, surprisal, node}
 let selected = -1; // index of a token; tokens.length: the one that would come next
-let attention = null; // {start, T, weights}
+let attention = null; // {layer, head, start, T, weights}
 let isRunning = false, stopRequested = false;
 
 const showStatus = (text) => (element("status").textContent = text);
@@ -133,8 +133,8 @@ function shade(index) {
 function shadeAll() {
   const mode = new FormData(element("view-form")).get("shading");
   document.body.dataset.shading = mode;
-  element("legend-low").textContent = mode === "attention" ? "not read" : "expected";
-  element("legend-high").textContent = mode === "attention" ? "read most" : "surprising";
+  element("legend-low").textContent = mode === "attention" ? "no attention" : "expected";
+  element("legend-high").textContent = mode === "attention" ? "most attention" : "surprising";
   tokens.forEach((_, index) => shade(index));
 }
 
@@ -179,12 +179,12 @@ async function run(isNew) {
   try {
     if (isNew) await begin();
     const { result, added } = stopRequested ? { result: "stop", added: 0 } : await extend();
+    await showAttention();
+    if (selected < 0) select(tokens.length - 1);
     const reason = { end: "The story ended", stop: "Stopped", length: "Length reached" }[result];
     showStatus(`${reason} after ${count(added)} new tokens.`);
     setRunning(false);
     element("continue").disabled = result === "end";
-    await showAttention();
-    if (selected < 0) select(tokens.length - 1);
   } catch (error) {
     showStatus(error.message);
     setRunning(false);
@@ -285,7 +285,8 @@ async function showCandidates() {
 
 async function showAttention() {
   if (!tokens.length) return;
-  attention = await call("attention", [Number(element("layer").value), Number(element("head").value)]);
+  const layer = Number(element("layer").value), head = Number(element("head").value);
+  attention = { layer, head, ...(await call("attention", [layer, head])) };
   drawHeatMap();
   shadeAll();
 }
@@ -298,13 +299,12 @@ function drawHeatMap() {
     caption.textContent = "";
     return;
   }
-  const { start, T, weights } = attention, context = canvas.getContext("2d");
+  const { layer, head, start, T, weights } = attention, context = canvas.getContext("2d");
   const style = getComputedStyle(document.body);
   const components = (name) => style.getPropertyValue(name).split(" ").map(Number);
   const ink = components("--attention-rgb"), mark = components("--mark-rgb");
   canvas.width = canvas.height = T;
-  canvas.setAttribute("aria-label", `Attention of layer ${Number(element("layer").value) + 1}, head `
-    + `${Number(element("head").value) + 1}: ${T} by ${T} tokens`);
+  canvas.setAttribute("aria-label", `Attention of layer ${layer}, head ${head}: ${T} by ${T} tokens`);
   const image = context.createImageData(T, T);
   const row = selected - start;
   for (let t = 0; t < T; t++) {
@@ -317,12 +317,12 @@ function drawHeatMap() {
   }
   context.putImageData(image, 0, 0);
   if (row < 0 || row >= T) {
-    caption.textContent = selected < 0 ? "" : "The selected token has left the context, or has not been read yet.";
+    caption.textContent = selected < 0 ? "" : "The selected token has left the context or has not been read yet.";
     return;
   }
-  const read = Array.from(weights.subarray(row * T, row * T + row + 1), (weight, s) => [weight, s + start]);
-  const most = read.sort((a, b) => b[0] - a[0]).slice(0, 3);
-  caption.textContent = `“${visible(tokens[selected].text)}” reads mostly `
+  const attended = Array.from(weights.subarray(row * T, row * T + row + 1), (weight, s) => [weight, s + start]);
+  const most = attended.sort((a, b) => b[0] - a[0]).slice(0, 3);
+  caption.textContent = `“${visible(tokens[selected].text)}” attends mostly to `
     + `${most.map(([weight, i]) => `“${visible(tokens[i].text)}” (${percent(weight)})`).join(", ")}.`;
 }
 
@@ -360,7 +360,7 @@ function showModel() {
     ...(recipe.data.source ? [["Stories", printable(recipe.data.source)]] : []),
   ]);
   for (const [id, n] of [["layer", config.n_layer], ["head", config.n_head]]) {
-    element(id).append(...Array.from({ length: n }, (_, i) => create("option", { value: i }, i + 1)));
+    element(id).append(...Array.from({ length: n }, (_, i) => create("option", { value: i }, i)));
   }
   if (evaluations.length) {
     const last = evaluations.at(-1), best = evaluations.reduce((a, b) => (b.val_loss < a.val_loss ? b : a));
