@@ -3,7 +3,8 @@
     python tests/run_notebook.py StoryLLM.ipynb run
     python tests/run_notebook.py StoryLLM.ipynb run recipe_name=demo
 
-Writes run/StoryLLM.ipynb and run/StoryLLM.html. Parameters are set in a new cell after the one tagged "parameters", as
+Writes run/StoryLLM.ipynb and run/StoryLLM.html. The outputs of cells tagged "remove-output" are only in the HTML, so
+that the notebook can be committed. Parameters are set in a new cell after the one tagged "parameters", as
 papermill does. On the command line, they are strings. Ctrl-C interrupts the current cell: training saves its progress.
 """
 
@@ -66,6 +67,15 @@ def run_notebook(source: Path, out_dir: Path, parameters: Mapping[str, Any], cwd
     return target
 
 
+def remove_outputs(path: Path) -> None:
+    """Removes the outputs of the cells tagged "remove-output" from a notebook file."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if "remove-output" in cell.metadata.get("tags", []):
+            cell.outputs = []
+    nbformat.write(notebook, path)
+
+
 def main() -> int:
     source, out_dir, *settings = sys.argv[1:]
     started = time.monotonic()
@@ -80,6 +90,7 @@ def main() -> int:
 
     page = target.with_suffix(".html")
     page.write_text(HTMLExporter().from_filename(str(target))[0], encoding="utf-8")
+    remove_outputs(target)
     print(f"\ndone in {time.monotonic() - started:.0f} seconds: open {page} in a browser, or {target} in Jupyter")
     return 0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from run_notebook import run_notebook
+from run_notebook import remove_outputs, run_notebook
 
 import storyllm
 
@@ -78,12 +78,17 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert printed(notebook, "temperatures").count("Once upon a time") >= 4
     assert "bits per byte" in printed(notebook, "evaluate")
     assert "Once upon a time" in printed(notebook, "second-story")
+    assert (tmp_path / "checkpoints" / "demo" / "story.html").stat().st_size < 1_200_000
+    (output,) = next(cell for cell in notebook.cells if cell.id == "playground").outputs
+    assert "<iframe" in output.data["text/html"]
+    remove_outputs(target)
+    assert "<iframe" not in target.read_text(encoding="utf-8")
 
 
 def test_the_committed_copy_is_a_complete_run_of_demo_and_demo_fast(committed):
     nbformat.validate(committed)
     assert_complete(committed)
-    assert NOTEBOOK.stat().st_size < 1_500_000
+    assert NOTEBOOK.stat().st_size < 1_500_000  # without the page in the output of "playground"
     for name, cell_id in (("demo", "train"), ("demo-fast", "second-train")):
         last_iteration = storyllm.get_recipe(name).train.last_iteration
         assert f"{last_iteration}/{last_iteration}" in printed(committed, cell_id)

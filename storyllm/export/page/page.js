@@ -182,7 +182,7 @@ async function run(isNew) {
     await showAttention();
     if (selected < 0) select(tokens.length - 1);
     const reason = { end: "The story ended", stop: "Stopped", length: "Length reached" }[result];
-    showStatus(`${reason} after ${count(added)} new tokens.`);
+    showStatus(`${reason} after ${count(added)} new ${added === 1 ? "token" : "tokens"}.`);
     setRunning(false);
     element("continue").disabled = result === "end";
   } catch (error) {
@@ -351,7 +351,7 @@ function showModel() {
   const { config, recipe, evaluations, parameters, weights } = info;
   const layers = `${config.n_layer} layer${config.n_layer === 1 ? "" : "s"}`;
   element("summary").textContent =
-    `A language model with ${count(parameters)} parameters that writes stories, in this page.`;
+    `A language model with ${count(parameters)} parameters that writes stories in this page.`;
   facts(element("model-facts"), [
     ["Parameters", `${count(parameters)}, stored as ${weights}`],
     ["Shape", `${layers}, ${config.n_head} heads, width ${config.n_embd}`],
