@@ -1,7 +1,7 @@
 """Data prepared in N shards, by several processes or machines, and merged.
 
-Every shard reads the complete source, and tokenizes every N-th batch of it. It needs nothing from the others, and all have
-the same amount of work. Merged, they are byte for byte what `prepare` writes in one process.
+Every shard reads the complete source, and tokenizes every N-th batch of it. It needs nothing from the others, and all
+have the same amount of work. Merged, they are byte for byte what `prepare` writes in one process.
 """
 
 from __future__ import annotations
