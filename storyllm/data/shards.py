@@ -207,8 +207,8 @@ def _read_shard(folder: Path, split: str) -> ShardInfo:
     values = read_json(description)
     try:
         info = ShardInfo(**values)
-        counts = (info.shard, info.shards, info.vocab_size, info.stories, info.bytes)
-        counts += (info.source_stories, info.source_characters, *info.batch_tokens)
+        counts = [info.shard, info.shards, info.vocab_size, info.stories, info.bytes, *info.batch_tokens]
+        counts += [info.source_stories, info.source_characters]
         if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(info.request, dict):
             raise TypeError("a value has the wrong type")
         if path.stat().st_size != info.tokens * TOKEN_DTYPE.itemsize:
