@@ -3,6 +3,7 @@
 from . import openmp as _openmp  # noqa: F401  (before torch is imported)
 from .config import DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig
 from .data.prepare import prepare
+from .data.shards import merge_shards, prepare_shard
 from .data.stories import read_stories
 from .data.token_file import load_tokenizer, open_token_file, verify
 from .evaluation.comparison import StoryReport
@@ -50,6 +51,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "lr_at",
+    "merge_shards",
     "nearest_tokens",
     "next_token_probs",
     "open_token_file",
@@ -65,6 +67,7 @@ __all__ = [
     "plot_surprisal",
     "plot_tokens",
     "prepare",
+    "prepare_shard",
     "push_to_hub",
     "rating_report",
     "read_log",

@@ -14,13 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tiktoken
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 
 from . import __version__
 from .config import DataConfig, GPTConfig, Recipe, StoryLLMError, TrainConfig, printable
 from .data.prepare import prepare
-from .data.token_file import verify
+from .data.shards import merge_shards, prepare_shard
+from .data.token_file import VOCABULARY, load_tokenizer, verify
 from .device import is_out_of_memory
 from .evaluation.likelihood import evaluate
 from .evaluation.ratings import rating_report, write_rating_sheets
@@ -56,17 +58,28 @@ class Prepare:
     data: OmitArgPrefixes[DataConfig]
     recipe: RecipeName = "faithful"
     out: Path = Path("data")  # output folder
-    tokenizer_from: Path | None = None  # use the tokenizer of this model (file, folder or OWNER/NAME), to fine-tune it
+    tokenizer_from: Path | None = None  # use the tokenizer of this data folder or model (file, folder or OWNER/NAME)
+    shards: int = 1  # divide the work among this many processes or machines; afterwards, --merge
+    shard: int | None = None  # the part of the work to do here, from 1 to --shards
+    merge: bool = False  # merge the shards in the output folder instead of preparing it
     overwrite: bool = False  # replace existing data that was prepared with other settings
     verify: bool = False  # check the data in the output folder instead of preparing it
 
     def run(self) -> int:
+        if self.shard is None and self.shards != 1:
+            raise StoryLLMError(
+                f"shards is {self.shards}, but shard is missing; pass --shard 1 to --shard {self.shards}, one for each "
+                "process"
+            )
         if self.verify:
             info = verify(self.out)
             print("all checksums and counts match")
+        elif self.merge:
+            info = merge_shards(self.out, self.overwrite)
+        elif self.shard is not None:
+            return self.run_shard(self.shard)
         else:
-            tokenizer = load_model(self.tokenizer_from).tokenizer if self.tokenizer_from else None
-            info = prepare(self.data, self.out, overwrite=self.overwrite, tokenizer=tokenizer)
+            info = prepare(self.data, self.out, overwrite=self.overwrite, tokenizer=self.tokenizer())
         for split in (info.train, info.validation):
             print(
                 printable(
@@ -75,6 +88,22 @@ class Prepare:
                 )
             )
         return 0
+
+    def run_shard(self, shard: int) -> int:
+        infos = prepare_shard(self.data, self.out, shard, self.shards, self.overwrite, self.tokenizer())
+        for split, info in infos.items():
+            print(
+                f"{split}: {info.tokens:,} tokens of {info.source_stories:,} stories in shard {shard} of {self.shards}"
+            )
+        return 0
+
+    def tokenizer(self) -> tiktoken.Encoding | None:
+        """The tokenizer of `tokenizer_from`."""
+        if self.tokenizer_from is None:
+            return None
+        if (self.tokenizer_from / VOCABULARY).is_file():
+            return load_tokenizer(self.tokenizer_from)
+        return load_model(self.tokenizer_from).tokenizer
 
 
 DATA_NAMES = {"val": "validation data", "original": "original data"}

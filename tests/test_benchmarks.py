@@ -14,6 +14,7 @@ import torch
 from storyllm import GPT, GPTConfig, Recipe, TrainConfig, evaluate, load, read_log, read_stories, train
 from storyllm.data.token_file import open_dataset
 from storyllm.data.windows import training_batch
+from storyllm.device import PEAK_FLOPS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {path.name for path in BENCHMARKS.glob("*.py")}
@@ -34,6 +35,7 @@ SMALLEST = {
     "shared_cpu.py": "--busy 1 --seconds 0.1 --rounds 1 --tasks 'generate demo (tokens/s)'",
     "import_time.py": "--repeats 1",
     "memory.py": "--device cpu --repeats 1",
+    "scaling.py": "",
     "names.py": "{run}/last.pt --stories 2",
     "gpu.py": "--data-dir {data} --device cpu --small",
     "sweep.py": f"--data-dir {{data}} --tokens 160 --base '{TINY_SETTINGS}' --rows train.learning_rate=1e-3",
@@ -76,6 +78,7 @@ def test_the_readme_lists_every_script_and_make_bench_runs_those_for_a_cpu():
     assert set(re.findall(r"^\| `(\w+\.py)` \|", readme, re.M)) == SCRIPTS - MODULES
     makefile = (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
     not_in_make_bench = {"shared_cpu.py", "names.py", "gpu.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
+    not_in_make_bench.add("scaling.py")  # measures nothing
     assert set(re.findall(r"benchmarks/(\w+\.py)", makefile)) == set(SMALLEST) - not_in_make_bench
 
 
@@ -97,7 +100,8 @@ def test_a_benchmark_runs_from_the_command_line(script, tiny_data, tiny_run, tmp
     command = [sys.executable, str(BENCHMARKS / script), *shlex.split(options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2_000:]
-    if script not in {"shared_cpu.py", "memory.py", "names.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}:
+    other_tables = {"shared_cpu.py", "memory.py", "names.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
+    if script not in {*other_tables, "scaling.py"}:
         assert TABLE_ROW.search(done.stdout), done.stdout
     if script == "tokenization.py":
         assert "identical output: True" in done.stdout
@@ -109,6 +113,20 @@ def test_a_process_measures_one_implementation_of_a_training_step(run_benchmark,
     seconds, megabytes = map(float, out.split())
     assert code == 0
     assert 0 < seconds < 60 and megabytes > 100
+
+
+def test_the_page_on_scaling_has_the_tables_of_the_script(run_benchmark):
+    code, out, _ = run_benchmark("scaling.py", "")
+    page = (BENCHMARKS.parent / "docs/scaling.md").read_text(encoding="utf-8")
+    tables = out.strip().split("\n\n")
+    assert code == 0 and len(tables) == 4
+    for table in tables:
+        assert f"\n{table}\n\n" in page
+    for cluster in importlib.import_module("scaling").CLUSTERS:
+        flops, memory = PEAK_FLOPS[cluster.gpu] / 1e12, f"{cluster.memory / 1e9:.0f} GB"
+        rates = [f"{rate / 1e9:,g} GB/s" for rate in (cluster.memory_rate, cluster.link, cluster.network)]
+        cells = [cluster.name, f"{flops:.0f}e12", memory, rates[0], str(cluster.gpus_per_machine), rates[1]]
+        assert re.search(re.escape(f"| {' | '.join(cells)} (") + r"[^|]*" + re.escape(f" | {rates[2]} |"), page)
 
 
 def test_invalid_input_is_one_line_and_exit_code_2(run_benchmark):

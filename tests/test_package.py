@@ -25,7 +25,7 @@ PACKAGE = Path(storyllm.__file__).parent
 ORDER = """
 openmp config recipes files device
 data.space_stories data.synthetic data.formats data.local_files data.hold_out data.stories data.tokenizer
-data.tokenizer_json data.token_file data.prepare data.windows
+data.tokenizer_json data.token_file data.prepare data.shards data.windows
 model.linear model.loss model.sampling model.kv_cache model.decoding model.initialization model.gpt model.quantization
 checkpoint importing storyteller
 evaluation.likelihood evaluation.statistics evaluation.vocabulary evaluation.reference evaluation.diversity

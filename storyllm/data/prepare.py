@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -46,9 +47,16 @@ def prepare(
     are replaced. Raises StoryLLMError if the folder holds other data and `overwrite` is False, or if the source or the
     tokenizer is unavailable.
     """
+    out_dir = Path(out_dir)
+    data, request = make_request(data, tokenizer)
+    with lock_folder(out_dir):
+        return _prepare(data, out_dir, overwrite, request, tokenizer)
+
+
+def make_request(data: DataConfig, tokenizer: tiktoken.Encoding | None) -> tuple[DataConfig, dict[str, Any]]:
+    """`data` with the name of `tokenizer`, if given, and the settings and the fingerprint that identify its result."""
     if not isinstance(data, DataConfig):
         raise StoryLLMError(f"data is {type(data).__name__}, must be a DataConfig; pass recipe.data")
-    out_dir = Path(out_dir)
     fingerprint = source_fingerprint(data)
     if tokenizer is not None:
         data = dataclasses.replace(data, tokenizer=tokenizer.name)
@@ -57,21 +65,19 @@ def prepare(
     # replaces the source's name: a local file that was moved is not prepared again.
     settings = {name: value for name, value in dataclasses.asdict(data).items() if value is not None}
     del settings["source"]
-    request = {**settings, "fingerprint": fingerprint}
-    with lock_folder(out_dir):
-        return _prepare(data, out_dir, overwrite, request, tokenizer)
+    return data, {**settings, "fingerprint": fingerprint}
 
 
 def _prepare(
     data: DataConfig, out_dir: Path, overwrite: bool, request: dict[str, Any], tokenizer: tiktoken.Encoding | None
 ) -> PreparedData:
     paths = {split: out_dir / f"{split}.bin" for split in SPLITS}
-    completed = {split: _completed_info(path, request) for split, path in paths.items()}
+    completed = {split: completed_info(path, request) for split, path in paths.items()}
     if not overwrite:
-        _check_no_other_data(out_dir, paths, completed)
-    if not all(completed.values()) and os.path.isdir(data.source) and not is_saved_dataset(Path(data.source)):
-        _print_files(data.source)
-    tokenizer = _prepare_tokenizer(data, out_dir / VOCABULARY, request, tokenizer)
+        check_no_other_data(out_dir, paths, completed)
+    if not all(completed.values()):
+        print_files(data.source)
+    tokenizer = prepare_tokenizer(data, out_dir / VOCABULARY, request, tokenizer)
     vocabulary_hash = tokenizer_hash(tokenizer)
     infos = {}
     for split, path in reversed(paths.items()):  # validation first: it is short, and fails early if it has no stories
@@ -82,7 +88,7 @@ def _prepare(
     return PreparedData(**infos)
 
 
-def _completed_info(path: Path, request: dict[str, Any]) -> TokenFileInfo | None:
+def completed_info(path: Path, request: dict[str, Any]) -> TokenFileInfo | None:
     """The description of a complete `.bin` with the same request, or None."""
     try:
         info = read_info(path)
@@ -92,7 +98,7 @@ def _completed_info(path: Path, request: dict[str, Any]) -> TokenFileInfo | None
     return info if complete and info.request == request else None
 
 
-def _check_no_other_data(out_dir: Path, paths: dict[str, Path], completed: dict[str, TokenFileInfo | None]) -> None:
+def check_no_other_data(out_dir: Path, paths: dict[str, Path], completed: dict[str, TokenFileInfo | None]) -> None:
     """Raises StoryLLMError if the folder has a file that this request did not write."""
     others = [path for split, path in paths.items() if path.exists() and not completed[split]]
     descriptions = [path.with_suffix(".json") for path in paths.values()]
@@ -107,8 +113,10 @@ def _check_no_other_data(out_dir: Path, paths: dict[str, Path], completed: dict[
         )
 
 
-def _print_files(folder: str) -> None:
-    """Prints which files of a source are read, so that missing and unrelated ones are noticed."""
+def print_files(folder: str) -> None:
+    """Prints which files of a source are read, if it is a folder, so that missing and unrelated ones are noticed."""
+    if not os.path.isdir(folder) or is_saved_dataset(Path(folder)):
+        return
     files = source_files(folder)
     if files["train"] == files["validation"]:
         files = {"stories": files["train"], "skipped": files["skipped"]}
@@ -129,7 +137,7 @@ def _is_unreadable(path: Path, read: Callable[[Path], object]) -> bool:
     return False
 
 
-def _prepare_tokenizer(
+def prepare_tokenizer(
     data: DataConfig, path: Path, request: dict[str, Any], tokenizer: tiktoken.Encoding | None
 ) -> tiktoken.Encoding:
     """The tokenizer for this request: from the file `path`, or else the one given, or created, and saved there."""
@@ -157,37 +165,39 @@ def _write_split(
     data: DataConfig, split: str, tokenizer: tiktoken.Encoding, path: Path, request: dict[str, Any]
 ) -> TokenFileInfo:
     """Writes the `.bin` and the `.json` of a split."""
-    num_stories = num_tokens = num_bytes = 0
-    digest = hashlib.sha256()
     pieces = read_pieces(data, split)  # raises before the file is created
-    with atomic_write(path) as file, ProgressBar(desc=split, unit=" stories", file=sys.stdout) as bar:
-        for batch in encoded_batches(pieces, tokenizer):
-            encoded = batch.ids.tobytes()
-            file.write(encoded)
-            digest.update(encoded)
-            num_stories += batch.num_stories
-            num_tokens += len(batch.ids)
-            num_bytes += batch.num_bytes
-            bar.update(batch.num_stories)
-        if not num_stories:
-            raise StoryLLMError(f"{data.source} has no {split} stories; add some text")
+    with atomic_write(path) as file:
+        written = write_batches(file, encoded_batches(pieces, tokenizer), split)
+        check_has_stories(data.source, split, written.stories)
         info = TokenFileInfo(
             split=split,
             source=data.source,
             tokenizer=tokenizer.name,
             tokenizer_hash=tokenizer_hash(tokenizer),
             vocab_size=tokenizer.n_vocab,
-            stories=num_stories,
-            tokens=num_tokens,
-            bytes=num_bytes,
-            sha256=digest.hexdigest(),
+            stories=written.stories,
+            tokens=sum(written.batch_tokens),
+            bytes=written.bytes,
+            sha256=written.sha256,
             request=request,
         )
-        # Delete the old .bin, write the new .json, then rename the new .bin: a crash in between never leaves a .json
-        # next to data that it does not describe.
-        path.unlink(missing_ok=True)
-        write_json(path.with_suffix(".json"), dataclasses.asdict(info))
+        write_description(path, info)
     return info
+
+
+def check_has_stories(source: str, split: str, stories: int) -> None:
+    """Raises StoryLLMError if a split has no stories."""
+    if not stories:
+        raise StoryLLMError(f"{source} has no {split} stories; add some text")
+
+
+def write_description(path: Path, info: Any) -> None:
+    """Writes the dataclass `info` to the `.json` of a `.bin`, just before the new `.bin` replaces the old one.
+
+    Deletes the old `.bin` first: a crash in between never leaves a `.json` next to data that it does not describe.
+    """
+    path.unlink(missing_ok=True)
+    write_json(path.with_suffix(".json"), dataclasses.asdict(info))
 
 
 class EncodedBatch(NamedTuple):
@@ -198,15 +208,43 @@ class EncodedBatch(NamedTuple):
     num_bytes: int  # of UTF-8 text, without the end-of-text tokens
 
 
-def encoded_batches(pieces: Iterable[Piece], tokenizer: tiktoken.Encoding) -> Iterator[EncodedBatch]:
+class Written(NamedTuple):
+    """What `write_batches` has written."""
+
+    stories: int
+    bytes: int  # of UTF-8 text, without the end-of-text tokens
+    sha256: str
+    batch_tokens: list[int]  # tokens of each batch
+
+
+def write_batches(file: IO[bytes], batches: Iterable[EncodedBatch], name: str) -> Written:
+    """Writes the token ids of the batches, with a progress bar of that name."""
+    stories = num_bytes = 0
+    digest, batch_tokens = hashlib.sha256(), []
+    with ProgressBar(desc=name, unit=" stories", file=sys.stdout) as bar:
+        for batch in batches:
+            encoded = batch.ids.tobytes()
+            file.write(encoded)
+            digest.update(encoded)
+            batch_tokens.append(len(batch.ids))
+            stories += batch.num_stories
+            num_bytes += batch.num_bytes
+            bar.update(batch.num_stories)
+    return Written(stories, num_bytes, digest.hexdigest(), batch_tokens)
+
+
+def encoded_batches(
+    pieces: Iterable[Piece], tokenizer: tiktoken.Encoding, first: int = 0, step: int = 1
+) -> Iterator[EncodedBatch]:
     """Yields the stories as token ids, in order, in batches of at least BATCH_CHARACTERS characters.
 
-    One thread per core tokenizes, at most that many batches ahead of the caller.
+    Only every `step`-th batch is tokenized, from number `first` on. One thread per core tokenizes, at most that many
+    batches ahead of the caller.
     """
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[EncodedBatch]] = deque()
-        for batch in _batches(pieces):
+        for batch in islice(_batches(pieces), first, None, step):
             pending.append(pool.submit(_encode, batch, tokenizer))
             if len(pending) > workers:
                 yield pending.popleft().result()

@@ -49,6 +49,16 @@ class TokenFile:
     info: TokenFileInfo
     ids: np.ndarray  # (info.tokens,) uint16
 
+    def check_ids(self, ids: np.ndarray | None = None) -> None:
+        """Raises StoryLLMError if some of these ids, by default all of the file, are not in the vocabulary."""
+        chunks = _chunks(self.ids) if ids is None else [ids]
+        largest = max(int(chunk.max()) for chunk in chunks)
+        if largest >= self.info.vocab_size:
+            raise StoryLLMError(
+                f"{self.path} has token id {largest}, must be less than its vocab_size ({self.info.vocab_size}); "
+                "prepare the data again"
+            )
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -109,9 +119,10 @@ def open_dataset(data_dir: str | Path, original_data_dir: str | Path | None = No
 
 
 def open_token_file(path: str | Path) -> TokenFile:
-    """Opens a `.bin` and checks its size and its largest id against its `.json`.
+    """Opens a `.bin` and checks its size against its `.json`.
 
-    Raises StoryLLMError if the file is missing or does not match its description.
+    Takes the same time and memory for any size: the ids are memory-mapped, and whoever reads them checks them
+    (`check_ids`). Raises StoryLLMError if the file is missing or does not match its description.
     """
     path = Path(path)
     if path.suffix != ".bin":
@@ -130,12 +141,6 @@ def open_token_file(path: str | Path) -> TokenFile:
         ids = np.memmap(path, dtype=TOKEN_DTYPE, mode="r")
     except OSError as error:
         raise os_error("read", path, error) from error
-    largest = max(int(chunk.max()) for chunk in _chunks(ids))
-    if largest >= info.vocab_size:
-        raise StoryLLMError(
-            f"{path} has token id {largest}, must be less than its vocab_size ({info.vocab_size}); "
-            "prepare the data again"
-        )
     return TokenFile(path, info, ids)
 
 
@@ -175,6 +180,7 @@ def verify(data_dir: str | Path) -> PreparedData:
 
 
 def _check_contents(tokens: TokenFile, tokenizer: tiktoken.Encoding) -> None:
+    tokens.check_ids()
     lengths = [len(tokenizer.decode_single_token_bytes(token)) for token in range(tokenizer.eot_token)]
     bytes_per_token = np.array([*lengths, 0])  # the end-of-text token is not part of the text
     found = {

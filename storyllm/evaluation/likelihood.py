@@ -43,6 +43,7 @@ def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
 def open_tokens_of(storyteller: Storyteller, data: str | Path) -> TokenFile:
     """Opens a `.bin` file. Raises StoryLLMError unless it was prepared with the storyteller's tokenizer."""
     tokens = open_token_file(data)
+    tokens.check_ids()
     if tokens.info.tokenizer_hash != tokenizer_hash(storyteller.tokenizer):
         raise StoryLLMError(
             f"{data} uses the tokenizer {tokens.info.tokenizer} ({tokens.info.vocab_size} tokens), the model uses "

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import StoryLLMError, plain_number, shown
 from ..data.prepare import ProgressBar
+from ..data.stories import SPLITS
 from ..data.token_file import Dataset, open_dataset
 from ..data.tokenizer import tokenizer_hash
 from ..files import atomic_write, lock_folder
@@ -65,6 +66,8 @@ def judge(
     if out is not None and (Path(out) / DATA).exists() and not overwrite:
         raise StoryLLMError(f"{out} already has a report; use another folder, or replace it (--overwrite)")
     dataset, sacrebleu = open_dataset(data), SacreBLEU()
+    for split in SPLITS:
+        dataset[split].check_ids()
     texts = story_texts(dataset.validation, dataset.tokenizer)
     chosen = choose_beginnings(texts, beginnings, seed)
     # A missing model or a folder that cannot be created is an error now, not after minutes of work.

@@ -11,9 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import flip_bit, random_stories
+from helpers import TINY, flip_bit, random_stories
 
-from storyllm import DataConfig, StoryLLMError, load_tokenizer, open_token_file, prepare, verify
+from storyllm import (
+    DataConfig,
+    StoryLLMError,
+    evaluate,
+    judge,
+    load,
+    load_tokenizer,
+    open_token_file,
+    prepare,
+    train,
+    verify,
+)
 from storyllm.data import token_file
 from storyllm.data.token_file import PreparedData, TokenFile, open_dataset, read_info
 from storyllm.data.tokenizer import tokenizer_hash
@@ -121,21 +132,33 @@ def test_empty_file_is_refused_even_if_its_description_agrees(data: Path) -> Non
 def test_id_outside_the_vocabulary_is_refused(data: Path, position: int) -> None:
     path = data / "train.bin"
     set_id(path, position, 299)
-    assert open_token_file(path).ids[position] == 299
+    open_token_file(path).check_ids()
     for token in (300, 65_535):
         set_id(path, position, token)
-        message = error_of(lambda: open_token_file(path))
-        assert str(token) in message and "300" in message
+        for call in (open_token_file(path).check_ids, lambda: verify(data)):
+            message = error_of(call)
+            assert str(token) in message and "300" in message and str(path) in message
+
+
+def test_id_outside_the_vocabulary_is_refused_where_it_is_read(data: Path, tiny_run: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (data / f"{split}.bin").write_bytes(b"\xff\xff" * read_info(data / f"{split}.bin").tokens)
+    for call in (
+        lambda: train(TINY, data, tmp_path / "run"),
+        lambda: evaluate(load(tiny_run / "last.pt"), data / "validation.bin"),
+        lambda: judge({"tiny": tiny_run / "last.pt"}, data),
+    ):
+        assert "has token id 65535" in error_of(call)
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 100])
 def test_every_chunk_is_checked(monkeypatch: pytest.MonkeyPatch, data: Path, chunk_tokens: int) -> None:
     monkeypatch.setattr(token_file, "CHUNK_TOKENS", chunk_tokens)  # real files have many chunks; this one, only one
     path = data / "validation.bin"
-    open_token_file(path)
+    open_token_file(path).check_ids()
     verify(data)
     set_id(path, -1, 300)
-    error_of(lambda: open_token_file(path))
+    error_of(open_token_file(path).check_ids)
 
 
 # Descriptions

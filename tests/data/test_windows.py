@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from storyllm import StoryLLMError, TrainConfig
+from storyllm.data import windows as windows_module
 from storyllm.data.token_file import Dataset, TokenFile, open_dataset
 from storyllm.data.windows import (
     EVALUATION,
@@ -134,6 +135,26 @@ def test_shuffled_windows_do_not_depend_on_the_batch_size(tokens: int, block_siz
     x = np.concatenate([shuffled_windows(ids, block_size, count, (0, seed), i)[0] for i in batches])
     one_by_one = [shuffled_windows(ids, block_size, 1, (0, seed), i)[0] for i in range(len(x))]
     assert (np.concatenate(one_by_one) == x).all()
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(1_000, 1), (1_000, 2), (1_003, 4), (1_000, 7)])
+def test_shuffled_windows_of_a_large_file_are_drawn_in_parts(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, parts: int
+) -> None:
+    windows = tokens // 8 - 1
+    monkeypatch.setattr(windows_module, "MAX_SHUFFLED", -(-windows // parts))  # a real file has more than 2**27 tokens
+    size = windows // parts
+    per_epoch = size * parts  # the others are left out
+    x, y = shuffled_windows(counting_ids(tokens), 8, 3 * per_epoch, (0, 1), 0)
+    assert_contiguous(x, y, (3 * per_epoch, 8))
+    orders = set()
+    for starts in x[:, 0].reshape(3, per_epoch):
+        assert (np.diff(np.sort(starts)) == 8).all()  # no window twice, and no gaps
+        for part in starts.reshape(parts, size):
+            assert (np.diff(np.sort(part)) == 8 * parts).all()  # spread over the complete file
+            orders.add(tuple(part // (8 * parts)))
+    assert len(orders) == 3 * parts  # every part of every epoch has its own order
+    assert len({starts.min() for starts in x[:, 0].reshape(3, per_epoch)}) > 1
 
 
 def test_shuffled_windows_depend_on_the_seed() -> None:

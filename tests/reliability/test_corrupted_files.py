@@ -113,13 +113,7 @@ def test_corrupted_token_files_are_found_by_verify(data, split, factor):
     content = path.read_bytes()
     cases = [*flipped_bits(content, sample_bits(content, 200 * factor, rng)), *lost_ends(content, 20 * factor, rng)]
     assert count_refused(path, cases, lambda: verify(data), lambda _: False) >= len(cases) - 2  # two change nothing
-    # Opening checks the size and the range of the ids.
-    count_refused(
-        path,
-        cases,
-        lambda: open_token_file(path),
-        lambda tokens: tokens.ids.max() < 300 and len(tokens.ids) == len(content) // 2,
-    )
+    count_refused(path, cases, lambda: open_token_file(path), lambda tokens: len(tokens.ids) == len(content) // 2)
 
 
 @sample_and_campaign
