@@ -33,6 +33,7 @@ from .importing import load_model
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
 from .storyteller import DEFAULT_MAX_NEW_TOKENS, load, wrap
+from .training.distributed import is_first_process, process_prefix
 from .training.interrupt import Terminated, raise_interrupt
 from .training.loop import train
 from .training.run_folder import BEST, LOG
@@ -96,7 +97,8 @@ class Train:
         recipe = Recipe(GPTConfig(**asdict(self.model)), get_recipe(self.recipe).data, self.train)
         log = train(recipe, self.data_dir, self.checkpoint_dir, self.init_from, self.original_data_dir)
         if log.interrupted:
-            print("run the same command again to resume")
+            if is_first_process():
+                print("run the same command again to resume")
             return 128 + log.interrupted
         path = self.checkpoint_dir / BEST
         if log.evaluations and path.exists():
@@ -356,7 +358,9 @@ def _named(checkpoints: list[Path]) -> dict[str, Path]:
 
 
 def _print_error(message: str) -> None:
-    print(f"storyllm: {StoryLLMError(message)}", file=sys.stderr)  # StoryLLMError escapes control characters
+    print(
+        f"storyllm: {process_prefix()}{StoryLLMError(message)}", file=sys.stderr
+    )  # StoryLLMError escapes control characters
 
 
 def _open_closed_streams() -> None:

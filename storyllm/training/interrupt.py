@@ -13,7 +13,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class StopRequested(KeyboardInterrupt):
-    """The first interrupt, raised where training can stop and save."""
+    """The first interrupt, raised where training can stop and save. Its argument is the signal."""
 
 
 class Interrupt:
@@ -46,7 +46,7 @@ class Interrupt:
     def check(self) -> None:
         """Raises StopRequested if there was an interrupt, until it is handled."""
         if self.requested and not self.handled:
-            raise StopRequested
+            raise StopRequested(self.requested)
 
 
 def raise_interrupt(signum: int, frame: FrameType | None) -> None:
