@@ -33,7 +33,7 @@ from .importing import load_model
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
 from .storyteller import DEFAULT_MAX_NEW_TOKENS, load, wrap
-from .training.distributed import is_first_process, process_prefix
+from .training.distributed import is_first_process, process_prefix, tell_torchrun
 from .training.interrupt import Terminated, raise_interrupt
 from .training.loop import train
 from .training.run_folder import BEST, LOG
@@ -282,6 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except StoryLLMError as error:
         _print_error(str(error))
+        tell_torchrun(str(error))
         return 2
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)

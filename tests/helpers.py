@@ -10,8 +10,11 @@ import json
 import os
 import random
 import re
+import signal
+import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -218,6 +221,39 @@ def run_in_subprocess(function: Callable[..., None], *arguments: object, cwd: Pa
     done = subprocess.run(command, cwd=cwd, env=environment(), timeout=timeout, capture_output=True, text=True)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-1_000:]} {done.stderr[-3_000:]}"
     return done.stdout
+
+
+def fork_ranks(size: int, function: Callable[[int], object], timeout: float = 100) -> list[int]:
+    """Calls `function` with its rank in forked processes that torchrun might have started; returns their exit codes.
+
+    Call this in a process that has not trained yet. Each process writes to `rank-0.out`, `rank-0.err` and so on.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x"}
+    pids = []
+    for rank in range(size):
+        pids.append(os.fork())
+        if pids[-1]:
+            continue
+        code = 1
+        try:
+            os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+            for descriptor, suffix in ((1, "out"), (2, "err")):
+                file = os.open(f"rank-{rank}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.dup2(file, descriptor)
+            signal.alarm(int(timeout))  # ends a process that waits forever
+            code = int(function(rank) or 0)  # type: ignore[call-overload]
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *key_words: str) -> None:

@@ -11,12 +11,14 @@ them ran out of memory. So gradients are added up here, in buckets during the la
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -317,6 +319,14 @@ def process_prefix() -> str:
 def is_first_process() -> bool:
     """True unless torchrun has started this process with another rank than 0."""
     return _rank_and_size()[0] == 0
+
+
+def tell_torchrun(message: str) -> None:
+    """Gives torchrun, if it has started this process, the error for the summary that it prints."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        error = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": error}), encoding="utf-8")
 
 
 def _rank_and_size() -> tuple[int, int]:
