@@ -31,7 +31,7 @@ from .interrupt import StopRequested
 
 TIMEOUT = "STORYLLM_TIMEOUT"  # environment variable: how long a process waits for the others, in seconds
 DEFAULT_TIMEOUT = 300.0
-REPORT_SECONDS = 10.0  # within which a process that still runs notices that another one does not
+REPORT_SECONDS = 5.0  # within which a process that still runs notices that another one does not
 BUCKET_BYTES = 25 << 20  # gradients that are added up at once
 OUT_OF_MEMORY = -1  # the status of a process that ran out of memory; that of an interrupted one is the signal
 

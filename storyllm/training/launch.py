@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Recipe, StoryLLMError
+from ..config import Recipe
 from .log import Log, read_log
 from .loop import train
 from .run_folder import LOG
