@@ -281,18 +281,22 @@ def serve_ranks() -> None:
             if not pids[-1]:
                 _run_rank(call, rank, size, port, Path(cwd), arguments)
         print(json.dumps(pids), flush=True)
+        # As torchrun does, this process has the store, which outlives the others.
+        store = torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
         print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+        del store
 
 
 def _run_rank(call: Callable[..., Any], rank: int, size: int, port: int, cwd: Path, arguments: list[Any]) -> None:
     code = 1
     try:
-        signal.alarm(250)  # ends a process that waits forever
+        signal.alarm(900)  # ends a process that waits forever
         os.chdir(cwd)
         for descriptor, suffix in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"rank-{rank}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         os.environ.update({name: str(value) for name, value in variables.items()})
         code = int(call(rank, *arguments) or 0)
     except SystemExit as exit_:

@@ -16,7 +16,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,9 +98,11 @@ class Processes:
 
     # Decisions that all processes take together
 
-    def check_same(self, settings: Mapping[str, Any]) -> None:
+    def check_same(self, settings: Callable[[], dict[str, Any]]) -> None:
         """Raises StoryLLMError, naming the first difference, unless all processes have the same settings."""
-        first, *others = self._gather(dict(settings))
+        if self.size == 1:
+            return
+        first, *others = self._gather(settings())
         for rank, other in enumerate(others, 1):
             for name, value in first.items():
                 if other[name] != value:
@@ -158,10 +160,9 @@ class Processes:
 
     def _gather(self, value: T) -> list[T]:
         """The value of each process."""
-        values: list[Any] = [value] * self.size
-        if self.size > 1:
-            with _connection():
-                dist.all_gather_object(values, value)
+        values: list[Any] = [None] * self.size
+        with _connection():
+            dist.all_gather_object(values, value)
         return values
 
     # Windows and gradients

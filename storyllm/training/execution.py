@@ -73,7 +73,7 @@ class Execution:
             try:
                 return self.processes.attempt(attempt)
             except StoppedElsewhere as stop:
-                self.interrupt.requested = self.interrupt.requested or stop.args[0]
+                self.interrupt.request_elsewhere(stop.args[0])
                 raise
             except OutOfMemoryElsewhereError as error:
                 problem, smaller = f"{error} ran out of memory", max(1, size // 2)

@@ -106,7 +106,7 @@ def train(
     folder = RunFolder(checkpoint_dir, recipe, data, init_from, writes=processes.rank == 0)
     with process_state(), Interrupt() as interrupt, processes, folder.lock(), one_line_errors():
         # Resume the run in the folder, or start a new one.
-        processes.check_same(common_settings(folder))
+        processes.check_same(lambda: common_settings(folder))
         saved = processes.broadcast(folder.load())
         torch.manual_seed(config.seed)
         model = folder.create_model(saved)
