@@ -59,7 +59,7 @@ class Progress:
             yield x, y
             windows += len(x) * self.processes
             if self.bar is not None:
-                self.bar.n = iteration + windows / self.recipe.train.batch_size
+                self.bar.n = min(iteration + windows / self.recipe.train.batch_size, self.bar.total)
                 self.bar.update(0)
 
     def add_windows(self, windows: int, seconds: float) -> None:

