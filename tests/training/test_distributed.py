@@ -298,6 +298,7 @@ def options(data: Path) -> list[str]:
         ([], "disk full", "rank 0 on .*: cannot write .*last.pt .*No space left on device"),
         (["--data-dir", "missing"], "", r"rank 1 on .*: missing/train.bin not found"),
     ],
+    ids=["recipe", "data", "version", "disk full", "no data"],
 )
 def test_an_error_is_one_line_with_code_2(ranks, tiny_data, tmp_path, of_rank_1, broken, message):
     config = storyllm.DataConfig(source="synthetic", synthetic_stories=60, tokenizer="bpe:300")
