@@ -18,11 +18,11 @@ from storyllm import read_log, train
 from storyllm.training.launch import command_line_options
 
 pytestmark = [
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc"),
 ]
 
-RECIPE = TINY.override({"train.max_iters": 800, "train.eval_interval": 100, **SAVE_EVERY_UPDATE})
+RECIPE = TINY.override({"train.max_iters": 200, "train.eval_interval": 100, **SAVE_EVERY_UPDATE})
 
 
 def train_rank(rank: int, data: str, folder: str) -> None:
@@ -35,15 +35,21 @@ def start_torchrun(data: Path, folder: Path, *options: str, **changes: Any) -> s
     folders = ["--data-dir", str(data), "--checkpoint-dir", str(folder)]
     training = ["-m", "storyllm", "train", *command_line_options(RECIPE.override(changes)), *folders]
     command = [sys.executable, "-m", *torchrun, *training]
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=open(folder.with_suffix(".err"), "w"), text=True
-    )
+    with open(folder.with_suffix(".err"), "w") as errors:
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True)
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
     """The processes that torchrun has started."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kills torchrun and its processes, if they still run."""
+    for pid in [*workers(process), process.pid] if process.poll() is None else []:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def lines(folder: Path) -> int:
@@ -55,7 +61,7 @@ def kill_randomly(data: Path, folder: Path, kills: int, rng: random.Random) -> i
     """A run that torchrun restarts each time a random process is killed, in an update or while it starts."""
     process = start_torchrun(data, folder, f"--max-restarts={kills}")
     killed: set[int] = set()
-    deadline = time.monotonic() + 60 * (kills + 1)
+    deadline = time.monotonic() + 100 * (kills + 1)
     while len(killed) < kills and process.poll() is None and time.monotonic() < deadline:
         candidates = sorted(set(workers(process)) - killed)
         if len(candidates) < 2:
@@ -75,7 +81,7 @@ def kill_randomly(data: Path, folder: Path, kills: int, rng: random.Random) -> i
     try:
         process.communicate(timeout=max(1.0, deadline - time.monotonic()))
     finally:
-        process.kill()
+        end(process)
     assert process.returncode == 0, folder.with_suffix(".err").read_text()[-3_000:]
     return len(killed) // 2
 
@@ -99,10 +105,13 @@ def test_a_signal_to_torchrun_saves_the_run(tiny_data, tmp_path, signum):
     folder = tmp_path / "run"
     endless = {"train.max_iters": 1_000_000, "train.eval_interval": 1_000_000, "train.checkpoint_minutes": 100.0}
     process = start_torchrun(tiny_data, folder, **endless)
-    while lines(folder) < 10 and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signum)
-    out, _ = process.communicate(timeout=100)
+    try:
+        while lines(folder) < 10 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signum)
+        out, _ = process.communicate(timeout=100)
+    finally:
+        end(process)
     assert "run the same command again to resume" in out
     assert iteration_of(folder / "last.pt") == read_log(folder / "log.jsonl").updates[-1]["iteration"] > 0
     assert "storyllm: " not in folder.with_suffix(".err").read_text()
