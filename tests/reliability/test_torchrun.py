@@ -35,8 +35,8 @@ def start_torchrun(data: Path, folder: Path, *options: str, **changes: Any) -> s
     folders = ["--data-dir", str(data), "--checkpoint-dir", str(folder)]
     training = ["-m", "storyllm", "train", *command_line_options(RECIPE.override(changes)), *folders]
     command = [sys.executable, "-m", *torchrun, *training]
-    with open(folder.with_suffix(".err"), "w") as errors:
-        return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=errors, text=True)
+    with open(folder.with_suffix(".out"), "w") as out, open(folder.with_suffix(".err"), "w") as errors:
+        return subprocess.Popen(command, env=environment(), stdout=out, stderr=errors, text=True)
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
@@ -79,7 +79,7 @@ def kill_randomly(data: Path, folder: Path, kills: int, rng: random.Random) -> i
         while set(candidates) & set(workers(process)) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
     try:
-        process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        process.wait(timeout=max(1.0, deadline - time.monotonic()))
     finally:
         end(process)
     assert process.returncode == 0, folder.with_suffix(".err").read_text()[-3_000:]
@@ -109,9 +109,9 @@ def test_a_signal_to_torchrun_saves_the_run(tiny_data, tmp_path, signum):
         while lines(folder) < 10 and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(signum)
-        out, _ = process.communicate(timeout=100)
+        process.wait(timeout=100)
     finally:
         end(process)
-    assert "run the same command again to resume" in out
+    assert "run the same command again to resume" in folder.with_suffix(".out").read_text()
     assert iteration_of(folder / "last.pt") == read_log(folder / "log.jsonl").updates[-1]["iteration"] > 0
     assert "storyllm: " not in folder.with_suffix(".err").read_text()
