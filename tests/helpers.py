@@ -294,7 +294,7 @@ def _run_rank(call: Callable[..., Any], rank: int, size: int, port: int, cwd: Pa
         os.chdir(cwd)
         for descriptor, suffix in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"rank-{rank}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        variables: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
         variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         os.environ.update({name: str(value) for name, value in variables.items()})
