@@ -22,6 +22,7 @@ from .plots.predictions import plot_loss_by_position, plot_next_tokens
 from .plots.text import plot_nearest_story, plot_surprisal, plot_tokens
 from .recipes import RECIPES, get_recipe
 from .storyteller import Storyteller, load, wrap
+from .training.launch import train_parallel
 from .training.log import Log, read_log
 from .training.loop import train
 from .training.optimizer import lr_at
@@ -74,6 +75,7 @@ __all__ = [
     "read_stories",
     "samples_table",
     "train",
+    "train_parallel",
     "verify",
     "wrap",
     "write_rating_sheets",

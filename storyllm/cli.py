@@ -35,6 +35,7 @@ from .importing import load_model
 from .plots.loss_curves import plot_losses, plot_runs
 from .recipes import RECIPES, get_recipe
 from .storyteller import DEFAULT_MAX_NEW_TOKENS, load, wrap
+from .training.distributed import is_first_process, process_prefix, tell_torchrun
 from .training.interrupt import Terminated, raise_interrupt
 from .training.loop import train
 from .training.run_folder import BEST, LOG
@@ -125,7 +126,8 @@ class Train:
         recipe = Recipe(GPTConfig(**asdict(self.model)), get_recipe(self.recipe).data, self.train)
         log = train(recipe, self.data_dir, self.checkpoint_dir, self.init_from, self.original_data_dir)
         if log.interrupted:
-            print("run the same command again to resume")
+            if is_first_process():
+                print("run the same command again to resume")
             return 128 + log.interrupted
         path = self.checkpoint_dir / BEST
         if log.evaluations and path.exists():
@@ -309,6 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except StoryLLMError as error:
         _print_error(str(error))
+        tell_torchrun(str(error))
         return 2
     except KeyboardInterrupt as error:
         terminated = isinstance(error, Terminated)
@@ -385,7 +388,9 @@ def _named(checkpoints: list[Path]) -> dict[str, Path]:
 
 
 def _print_error(message: str) -> None:
-    print(f"storyllm: {StoryLLMError(message)}", file=sys.stderr)  # StoryLLMError escapes control characters
+    print(
+        f"storyllm: {process_prefix()}{StoryLLMError(message)}", file=sys.stderr
+    )  # StoryLLMError escapes control characters
 
 
 def _open_closed_streams() -> None:

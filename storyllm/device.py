@@ -108,8 +108,11 @@ def _problem(name: str) -> str | None:
         return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-def resolve_device_config(train: TrainConfig, model: GPTConfig) -> DeviceConfig:
-    """Replaces each "auto" in `train` by the choice for this machine. Raises StoryLLMError for a missing device."""
+def resolve_device_config(train: TrainConfig, model: GPTConfig, processes: int = 1) -> DeviceConfig:
+    """Replaces each "auto" in `train` by the choice for this machine, which runs one of several equal processes.
+
+    Raises StoryLLMError for a missing device.
+    """
     device = resolve_device(train.device)
     name, dtype, dtype_reason, capability = "CPU", torch.float32, "", (0, 0)
     if device.type == "mps":
@@ -123,12 +126,12 @@ def resolve_device_config(train: TrainConfig, model: GPTConfig) -> DeviceConfig:
         dtype, dtype_reason = getattr(torch, train.dtype), "as requested"
     peak = peak_flops(name, dtype)
     if train.compile == "auto":
-        compiled, compile_reason = auto_compile(capability, peak, train, model)
+        compiled, compile_reason = auto_compile(capability, peak, train, model, processes)
     else:
         compiled, compile_reason = train.compile, "as requested"
     micro_batch_size = train.micro_batch_size
     if micro_batch_size == "auto":
-        micro_batch_size = auto_micro_batch_size(device, train, model)
+        micro_batch_size = auto_micro_batch_size(device, train, model, processes)
     return DeviceConfig(device, name, dtype, compiled, micro_batch_size, dtype_reason, compile_reason, peak)
 
 
@@ -141,19 +144,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTConfig) -> int:
-    """The number of windows per forward pass: what fits, preferably a divisor of an update's windows."""
+def auto_micro_batch_size(device: torch.device, train: TrainConfig, model: GPTConfig, processes: int = 1) -> int:
+    """The number of windows per forward pass: what fits, preferably a divisor of a process's windows in an update."""
     tokens = CPU_TOKENS
     if device.type == "cuda":
         tokens = min(torch.cuda.get_device_properties(device).total_memory // GPU_BYTES_PER_TOKEN, GPU_TOKENS)
     windows = tokens * REFERENCE_SIZE // (model.n_layer * model.n_embd) // model.block_size
-    largest = max(1, min(windows, train.windows_per_update))
-    divisor = max(size for size in range(1, largest + 1) if train.windows_per_update % size == 0)
+    share = -(-train.windows_per_update // processes)
+    largest = max(1, min(windows, share))
+    divisor = max(size for size in range(1, largest + 1) if share % size == 0)
     return divisor if divisor > largest // 2 else largest
 
 
 def auto_compile(
-    capability: tuple[int, int], peak: float | None, train: TrainConfig, model: GPTConfig
+    capability: tuple[int, int], peak: float | None, train: TrainConfig, model: GPTConfig, processes: int = 1
 ) -> tuple[bool, str]:
     """Whether to compile, and why. `capability` is the GPU's CUDA compute capability, (0, 0) without one."""
     if capability < (7, 0):
@@ -161,7 +165,7 @@ def auto_compile(
     if find_spec("triton") is None:
         return False, "triton is not installed"
     flops = train.last_iteration * train.batch_size * model.block_size * flops_per_token(model)
-    seconds = flops / (TYPICAL_MFU * (peak or PEAK_FLOPS["T4"]))
+    seconds = flops / (TYPICAL_MFU * (peak or PEAK_FLOPS["T4"]) * processes)
     reason = f"pays off for runs over {COMPILE_SECONDS / 60:.0f} minutes, this one is estimated at {seconds / 60:.1f}"
     return seconds >= COMPILE_SECONDS, reason
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import SAMPLE_DATA, TINY, random_stories
+from helpers import SAMPLE_DATA, TINY, Ranks, random_stories
 
 import storyllm
 
@@ -59,6 +59,16 @@ def tiny_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_run")
     storyllm.train(TINY, tiny_data, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Starts the processes of runs on several processes, with gloo."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the processes are forked")
+    ranks = Ranks()
+    yield ranks
+    ranks.close()
 
 
 @pytest.fixture(scope="module")  # while it runs, nothing else may use asyncio

@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import csv
 import gzip
+import importlib
 import io
 import json
 import os
 import random
 import re
+import signal
+import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +230,91 @@ def run_in_subprocess(function: Callable[..., None], *arguments: object, cwd: Pa
     done = subprocess.run(command, cwd=cwd, env=environment(), timeout=timeout, capture_output=True, text=True)
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-1_000:]} {done.stderr[-3_000:]}"
     return done.stdout
+
+
+class Ranks:
+    """A process that forks the processes of a run, as if torchrun had started them. Importing PyTorch takes it long.
+
+    Each of them calls a function of a test module with its rank and other arguments, in the folder `cwd`, and writes to
+    `rank-0.out`, `rank-0.err` and so on.
+    """
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", "import helpers; helpers.serve_ranks()"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.server = subprocess.Popen(command, env=environment(), **pipes)
+
+    def start(self, size: int, function: Callable[..., object], *arguments: Any, cwd: Path) -> list[int]:
+        """Starts that many processes; returns their ids. Paths among the arguments arrive as strings."""
+        module = Path(function.__code__.co_filename)
+        request = [str(module.parent), module.stem, function.__name__, size, str(cwd), arguments]
+        assert self.server.stdin is not None
+        print(json.dumps(request, default=str), file=self.server.stdin, flush=True)
+        return self._answer()
+
+    def wait(self) -> list[int]:
+        """The exit codes of the processes, once all have ended."""
+        return self._answer()
+
+    def run(self, size: int, function: Callable[..., object], *arguments: Any, cwd: Path) -> list[int]:
+        """Starts that many processes and waits for their exit codes."""
+        self.start(size, function, *arguments, cwd=cwd)
+        return self.wait()
+
+    def _answer(self) -> list[int]:
+        assert self.server.stdout is not None
+        return json.loads(self.server.stdout.readline())
+
+    def close(self) -> None:
+        self.server.kill()
+        self.server.communicate()
+
+
+def serve_ranks() -> None:
+    """Answers the requests of `Ranks`."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.optim.AdamW([torch.zeros(1)])  # imports much of PyTorch, which each process would otherwise do again
+    for request in sys.stdin:
+        folder, module, function, size, cwd, arguments = json.loads(request)
+        sys.path.insert(0, folder)
+        call = getattr(importlib.import_module(module), function)
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        pids = []
+        for rank in range(size):
+            pids.append(os.fork())
+            if not pids[-1]:
+                _run_rank(call, rank, size, port, Path(cwd), arguments)
+        print(json.dumps(pids), flush=True)
+        # As torchrun does, this process has the store, which outlives the others.
+        store = torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+        del store
+
+
+def _run_rank(call: Callable[..., Any], rank: int, size: int, port: int, cwd: Path, arguments: list[Any]) -> None:
+    code = 1
+    try:
+        signal.alarm(280)  # ends a process that waits forever
+        os.chdir(cwd)
+        for descriptor, suffix in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"rank-{rank}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        variables: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        variables |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+        variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        os.environ.update({name: str(value) for name, value in variables.items()})
+        code = int(call(rank, *arguments) or 0)
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], *key_words: str) -> None:

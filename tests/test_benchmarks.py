@@ -38,6 +38,7 @@ SMALLEST = {
     "scaling.py": "",
     "names.py": "{run}/last.pt --stories 2",
     "gpu.py": "--data-dir {data} --device cpu --small",
+    "distributed.py": "--data-dir {data} --recipe demo-fast --processes 1 2 --updates 2",
     "sweep.py": f"--data-dir {{data}} --tokens 160 --base '{TINY_SETTINGS}' --rows train.learning_rate=1e-3",
     "learning_curves.py": "--source {stories} --runs demo --tokens 1024 --eval-windows 2 --published --out curves.svg",
     "faithful_curve.py": "--source {stories} --stop-at 1 --eval-windows 2",
@@ -78,7 +79,7 @@ def test_the_readme_lists_every_script_and_make_bench_runs_those_for_a_cpu():
     assert set(re.findall(r"^\| `(\w+\.py)` \|", readme, re.M)) == SCRIPTS - MODULES
     makefile = (BENCHMARKS.parent / "Makefile").read_text(encoding="utf-8")
     not_in_make_bench = {"shared_cpu.py", "names.py", "gpu.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
-    not_in_make_bench.add("scaling.py")  # measures nothing
+    not_in_make_bench |= {"scaling.py", "distributed.py"}  # the first measures nothing
     assert set(re.findall(r"benchmarks/(\w+\.py)", makefile)) == set(SMALLEST) - not_in_make_bench
 
 
@@ -101,7 +102,9 @@ def test_a_benchmark_runs_from_the_command_line(script, tiny_data, tiny_run, tmp
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2_000:]
     other_tables = {"shared_cpu.py", "memory.py", "names.py", "sweep.py", "learning_curves.py", "faithful_curve.py"}
-    if script not in {*other_tables, "scaling.py"}:
+    if script == "distributed.py":
+        assert re.search(r"^ +2 +[\d,]+ +\d+% +[\d.]+ ms", done.stdout, re.M), done.stdout
+    elif script not in {*other_tables, "scaling.py"}:
         assert TABLE_ROW.search(done.stdout), done.stdout
     if script == "tokenization.py":
         assert "identical output: True" in done.stdout

@@ -123,13 +123,13 @@ def story_losses(storyteller: Storyteller, ids: np.ndarray, progress: Callable[[
 
 
 @torch.no_grad()
-def mean_loss(
+def total_loss(
     loss_fn: Callable[[Tensor, Tensor], Tensor], micro_batches: Iterable[tuple[Tensor, Tensor]], device: DeviceConfig
-) -> float:
-    """The mean loss in nats per token over micro-batches of windows. The model must be in evaluation mode."""
+) -> tuple[float, int]:
+    """The sum over the windows of their losses in nats per token, and their number. For a model in evaluation mode."""
     total, windows = torch.zeros((), dtype=torch.float32, device=device.device), 0
     for x, y in micro_batches:
         with device.autocast():
             total += loss_fn(x, y) * len(x)
         windows += len(x)
-    return total.item() / windows
+    return total.item(), windows

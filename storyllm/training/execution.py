@@ -18,6 +18,7 @@ from ..config import StoryLLMError, TrainConfig
 from ..device import DeviceConfig, is_out_of_memory
 from ..files import os_error
 from ..model.gpt import GPT
+from .distributed import OutOfMemoryElsewhereError, Processes, StoppedElsewhere
 from .interrupt import Interrupt
 
 # Parameters of glibc's mallopt (malloc.h) and their defaults: the free memory at the end of the heap that malloc keeps,
@@ -32,7 +33,10 @@ T = TypeVar("T")
 
 
 class Execution:
-    """Executes batches in micro-batches that fit the device. `device.micro_batch_size` shrinks when memory runs out."""
+    """Executes batches in micro-batches that fit the device. `device.micro_batch_size` shrinks when memory runs out.
+
+    With several processes, each executes its share of a batch.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class Execution:
         optimizer: torch.optim.Optimizer,
         interrupt: Interrupt,
         warn: Callable[[str], None],
+        processes: Processes | None = None,
     ) -> None:
         self.config = config
         self.device = device
@@ -48,30 +53,43 @@ class Execution:
         self.scaler = device.grad_scaler()
         self.interrupt = interrupt
         self.warn = warn
+        self.processes = processes or Processes()
 
     def micro_batches(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(windows, T) inputs and targets on the device, a micro-batch at a time.
+        """This process's share of (windows, T) inputs and targets on the device, a micro-batch at a time.
 
         Raises StopRequested before the next micro-batch after an interrupt.
         """
         size = self.device.micro_batch_size
-        x, y = x.to(self.device.device), y.to(self.device.device)  # one copy, since each synchronizes
+        # One copy, since each synchronizes.
+        x, y = (self.processes.share(windows).to(self.device.device) for windows in (x, y))
         for micro_batch in zip(x.split(size), y.split(size), strict=True):
             self.interrupt.check()
-            yield micro_batch
+            if len(micro_batch[0]):  # an empty share is split into one empty part
+                yield micro_batch
 
     def retry(self, attempt: Callable[[], T]) -> T:
-        """Calls `attempt`, again with half the micro-batch size each time it runs out of memory."""
+        """Calls `attempt`, again with half the micro-batch size each time it runs out of memory.
+
+        An attempt of several processes ends with `processes.sum`. If one is interrupted or runs out of memory, all are.
+        """
+        windows = max(self.config.windows_per_update, self.config.eval_windows)
         while True:
+            size = min(self.device.micro_batch_size, self.processes.largest_share(windows))
             try:
-                return attempt()
+                return self.processes.attempt(attempt)
+            except StoppedElsewhere as stop:
+                self.interrupt.request_elsewhere(stop.args[0])
+                raise
+            except OutOfMemoryElsewhereError as error:
+                problem, smaller = f"{error} ran out of memory", max(1, size // 2)
             except Exception as error:
-                size = min(self.device.micro_batch_size, max(self.config.windows_per_update, self.config.eval_windows))
                 if not is_out_of_memory(error) or size == 1:
                     raise
+                problem, smaller = f"out of memory with micro-batch size {size}", size // 2
             # Outside the except clause: the exception keeps all tensors of its traceback alive.
-            self.warn(f"out of memory with micro-batch size {size}, retrying with {size // 2}")
-            self.device = dataclasses.replace(self.device, micro_batch_size=size // 2)
+            self.warn(f"{problem}, retrying with {smaller}")
+            self.device = dataclasses.replace(self.device, micro_batch_size=smaller)
             self.optimizer.zero_grad(set_to_none=True)
             scaler_state, self.scaler = self.scaler.state_dict(), self.device.grad_scaler()
             self.scaler.load_state_dict(scaler_state)
@@ -85,17 +103,18 @@ class Execution:
     def prepare_loss(self, model: GPT, x: Tensor, y: Tensor) -> tuple[LossFunction, float]:
         """`model.loss`, compiled if the device config says so, and its seconds per window for forward and backward.
 
-        Both are tried on (windows, T) examples, at least a micro-batch of an update.
+        Both are tried on (windows, T) examples, at least a micro-batch of an update. The time is that of all processes.
         """
 
         def attempt() -> tuple[LossFunction, float]:
-            size = self.device.micro_batch_size
+            size = self._size_in_update()
             xb, yb = x[:size].to(self.device.device), y[:size].to(self.device.device)
             loss_fn = self._compile(model, xb, yb) if self.device.compile else model.loss
             self._forward_backward(loss_fn, xb, yb)  # warm up
             started = time.monotonic()
             self._forward_backward(loss_fn, xb, yb)
-            return loss_fn, (time.monotonic() - started) / len(xb)
+            windows_per_second, _ = self.processes.sum(len(xb) / (time.monotonic() - started))
+            return loss_fn, float(1 / windows_per_second)
 
         model.train()
         try:
@@ -117,11 +136,14 @@ class Execution:
             return model.loss
 
         def loss_fn(x: Tensor, y: Tensor) -> Tensor:
-            size = min(self.device.micro_batch_size, self.config.windows_per_update)
             # Another size, such as the remainder of an update, is not worth its own compilation.
-            return (compiled if len(x) == size else model.loss)(x, y)
+            return (compiled if len(x) == self._size_in_update() else model.loss)(x, y)
 
         return loss_fn
+
+    def _size_in_update(self) -> int:
+        """The size of the micro-batches of an update, except for the remainder."""
+        return min(self.device.micro_batch_size, self.processes.largest_share(self.config.windows_per_update))
 
     def _forward_backward(self, loss_fn: LossFunction, x: Tensor, y: Tensor) -> None:
         with self.device.autocast():

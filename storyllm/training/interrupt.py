@@ -13,7 +13,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class StopRequested(KeyboardInterrupt):
-    """The first interrupt, raised where training can stop and save."""
+    """The first interrupt, raised where training can stop and save. Its argument is the signal."""
 
 
 class Interrupt:
@@ -25,6 +25,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested = 0  # the signal's number, 0 if there was none
+        self._elsewhere = False  # the signal was for another process
         self.handled = False  # True once the loop has stopped for it: `check` no longer raises
         self._previous_handlers: dict[int, Any] = {}
 
@@ -39,14 +40,19 @@ class Interrupt:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and not self._elsewhere:
             raise_interrupt(signum, frame)
-        self.requested = signum
+        self.requested, self._elsewhere = signum, False
+
+    def request_elsewhere(self, signum: int) -> None:
+        """Records a signal that another process of the run got. The first one for this process is still a request."""
+        if not self.requested:
+            self.requested, self._elsewhere = signum, True
 
     def check(self) -> None:
         """Raises StopRequested if there was an interrupt, until it is handled."""
         if self.requested and not self.handled:
-            raise StopRequested
+            raise StopRequested(self.requested)
 
 
 def raise_interrupt(signum: int, frame: FrameType | None) -> None:

@@ -12,6 +12,7 @@ except lines deleted at the end. Lines without a checksum, or with one of their 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -113,10 +114,11 @@ def _parse_line(line: bytes, crc: int) -> dict[str, Any]:
 class LogWriter:
     """Appends entries to a `log.jsonl`, once it is open, and passes them on to the tracker, if any.
 
-    Raises StoryLLMError if the file cannot be written.
+    Without a path, as on all processes of a run but one, nothing is written. Raises StoryLLMError if the file cannot be
+    written.
     """
 
-    def __init__(self, path: Path, tracker: Tracker | None = None) -> None:
+    def __init__(self, path: Path | None, tracker: Tracker | None = None) -> None:
         self.path = path
         self.tracker = tracker
         self.file: IO[bytes] | None = None
@@ -125,6 +127,8 @@ class LogWriter:
 
     def open(self, size: int) -> LogWriter:
         """Opens the file for appending, truncated to its first `size` bytes."""
+        if self.path is None:
+            return self
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666)
             self.file = os.fdopen(descriptor, "r+b", buffering=0)
@@ -153,6 +157,8 @@ class LogWriter:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends an entry, unbuffered, and then any warnings, with the entry's iteration."""
+        if self.path is None:
+            return
         self._append(entry)
         if self.tracker is not None:
             self.tracker.log(entry)
@@ -160,7 +166,7 @@ class LogWriter:
             self._append({"event": "warning", "iteration": entry["iteration"], "message": self._warnings.pop(0)})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        assert self.file is not None
+        assert self.path is not None and self.file is not None
         line = json.dumps(entry).encode()
         line = line[:-1] + b', "chained_crc32": %d}\n' % zlib.crc32(line, self._crc)
         self._crc = zlib.crc32(line, self._crc)
@@ -172,7 +178,7 @@ class LogWriter:
 
     def sync(self) -> int:
         """Flushes the file to disk; returns its size in bytes, 0 if it is not open yet."""
-        if self.file is None:
+        if self.path is None or self.file is None:
             return 0
         try:
             fsync(self.file.fileno())
@@ -191,6 +197,15 @@ def describe_environment() -> dict[str, Any]:
         "git_revision": _git_revision(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def package_checksum() -> str:
+    """The SHA-256 of the code of this package."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git_revision() -> str | None:

@@ -22,11 +22,13 @@ from ..data.stories import SPLITS
 from ..data.token_file import Dataset, open_dataset
 from ..data.windows import DROPOUT, evaluation_windows, training_batch
 from ..device import DeviceConfig, resolve_device_config
-from ..evaluation.likelihood import bits_per_byte, mean_loss
+from ..evaluation.likelihood import bits_per_byte, total_loss
 from ..model.gpt import GPT
+from .distributed import Processes, torchrun_processes
 from .execution import Execution, LossFunction, one_line_errors, process_state
+from .initial_model import describe_initial_model
 from .interrupt import Interrupt, StopRequested
-from .log import Log, describe_environment
+from .log import Log, describe_environment, package_checksum
 from .optimizer import lr_at, make_optimizer
 from .progress import Progress
 from .run_folder import RunFolder, TrainState
@@ -41,12 +43,13 @@ def train_step(
     config: TrainConfig,
     device: DeviceConfig,
     scaler: torch.amp.GradScaler,
+    processes: Processes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One optimizer update: accumulates the gradients of the micro-batches, clips them, and steps.
 
     `micro_batches` are (windows, T) inputs and targets of any number of windows. Each window has the weight of one
-    window of a full update, even if the last update has fewer. Returns the mean loss in nats per token and the gradient
-    norm before clipping, both as scalars on the device.
+    window of a full update, even if the last update has fewer. With several processes, the micro-batches are those of
+    this one. Returns the mean loss in nats per token and the gradient norm before clipping, both as scalar tensors.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total_loss, windows = torch.zeros((), dtype=torch.float32, device=device.device), 0
@@ -56,6 +59,8 @@ def train_step(
         scaler.scale(loss * (len(x) / config.windows_per_update)).backward()
         total_loss += loss.detach() * len(x)
         windows += len(x)
+    if processes is not None:  # loss, windows and gradients
+        total_loss, windows = processes.sum(total_loss, windows)
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
     for group in optimizer.param_groups:
@@ -85,8 +90,11 @@ def train(
     run remembers the model, so resuming it does not need `init_from`. With `original_data_dir`, the data of that model,
     each evaluation also gives the bits per byte of its validation split, which rise as the model forgets it.
 
+    Processes that torchrun starts train together (docs/distributed.md). The log is empty on all but the first.
+
     Raises StoryLLMError if the data is missing or does not match, if the checkpoints belong to another run or are in
-    use by another process, if another thread trains, if the loss is not finite, and if disk space or memory run out.
+    use by another process, if another thread trains, if the loss is not finite, if disk space or memory run out, and if
+    another process of the run is lost.
     """
     if not isinstance(recipe, Recipe):
         raise StoryLLMError(f"train got {type(recipe).__name__}, expected a Recipe; use storyllm.get_recipe(name)")
@@ -94,21 +102,24 @@ def train(
     model_config = dataclasses.replace(recipe.model, vocab_size=data.train.info.vocab_size)
     recipe = Recipe(model=model_config, data=data.config, train=recipe.train)
     config = recipe.train
-    folder = RunFolder(checkpoint_dir, recipe, data, init_from)
-    with process_state(), folder.lock(), Interrupt() as interrupt, one_line_errors():
+    processes = torchrun_processes(config.device)
+    folder = RunFolder(checkpoint_dir, recipe, data, init_from, writes=processes.rank == 0)
+    with process_state(), Interrupt() as interrupt, processes, folder.lock(), one_line_errors():
         # Resume the run in the folder, or start a new one.
-        saved = folder.load()
+        processes.check_same(lambda: common_settings(folder))
+        saved = processes.broadcast(folder.load())
         torch.manual_seed(config.seed)
         model = folder.create_model(saved)
         recipe, model_config = folder.recipe, model.config
-        device = resolve_device_config(config, model_config)
+        device = resolve_device_config(config, model_config, processes.size)
         if saved and config.micro_batch_size == "auto" and saved["device"] == device.device.type:
             device = dataclasses.replace(device, micro_batch_size=saved["micro_batch_size"])
         model = model.to(device.device)
         optimizer = make_optimizer(model, config, device.dtype)
-        execution = Execution(config, device, optimizer, interrupt, folder.log.warn)
+        execution = Execution(config, device, optimizer, interrupt, folder.log.warn, processes)
         state = folder.restore(saved, model, execution) if saved else TrainState()
-        progress = Progress(recipe, state.iteration, device.peak_flops)
+        processes.connect(model)
+        progress = Progress(recipe, state.iteration, device.peak_flops, processes.size)
         if state.last_evaluation >= config.last_iteration:
             progress.print(
                 f"already finished: {printable(str(folder.path))} has completed {state.last_evaluation:,} iterations; "
@@ -225,7 +236,13 @@ def estimate_loss(
 
     def loss_on(split: str) -> float:
         x, y = map(torch.from_numpy, eval_windows[split])  # (eval_windows, T) each
-        return execution.retry(lambda: mean_loss(model.loss, execution.micro_batches(x, y), execution.device))
+
+        def attempt() -> float:
+            losses = total_loss(model.loss, execution.micro_batches(x, y), execution.device)
+            total, windows = execution.processes.sum(*losses)
+            return float(total / windows)
+
+        return execution.retry(attempt)
 
     train_loss, val_loss = (loss_on(split) for split in SPLITS)
     info = data.validation.info
@@ -258,25 +275,41 @@ def step_within_memory(
     """`train_step` on an update's windows, retried if it runs out of memory. Returns loss and gradient norm."""
 
     def attempt() -> tuple[Tensor, Tensor]:
-        torch.manual_seed(dropout_seed(execution.config.seed, state.iteration))
+        processes = execution.processes
+        torch.manual_seed(dropout_seed(execution.config.seed, state.iteration, processes.rank))
         micro_batches = progress.track(execution.micro_batches(x, y), state.iteration)
         return train_step(
             loss_fn,
-            micro_batches,
+            processes.last_pass_reduces(micro_batches),
             execution.optimizer,
             learning_rate,
             execution.config,
             execution.device,
             execution.scaler,
+            processes,
         )
 
     loss, grad_norm = execution.retry(attempt)
     return loss.item(), grad_norm.item()
 
 
-def dropout_seed(seed: int, iteration: int) -> int:
-    """The seed of an update's dropout, independent of the seeds of the windows."""
-    return int(np.random.SeedSequence((DROPOUT, seed, iteration)).generate_state(1, np.uint64)[0]) >> 1  # int64
+def dropout_seed(seed: int, iteration: int, rank: int = 0) -> int:
+    """The seed of an update's dropout on the process `rank`, independent of the seeds of the windows."""
+    states = np.random.SeedSequence((DROPOUT, seed, iteration)).generate_state(rank + 1, np.uint64)
+    return int(states[rank]) >> 1  # int64
+
+
+def common_settings(folder: RunFolder) -> dict[str, Any]:
+    """What all processes of a run must have in common, by name: recipe, data, initial model, code and PyTorch."""
+    recipe, init_from = folder.recipe.to_dict(), folder.init_from
+    return {
+        **{f"{part}.{name}": value for part in ("model", "train") for name, value in recipe[part].items()},
+        **{f"{split}.bin": checksum for split, checksum in folder.data.sha256.items()},
+        "original data": None if folder.data.original is None else folder.data.original.info.sha256,
+        "init_from": None if init_from is None else describe_initial_model(init_from),
+        "storyllm (checksum)": package_checksum(),
+        "torch": torch.__version__,
+    }
 
 
 def describe_run(folder: RunFolder, model: GPT, execution: Execution) -> dict[str, Any]:
@@ -291,6 +324,7 @@ def describe_run(folder: RunFolder, model: GPT, execution: Execution) -> dict[st
         "compiled": device.compile,
         "micro_batch_size": device.micro_batch_size,
         "device_description": device.description,
+        **execution.processes.describe(execution.config.windows_per_update),
         "data": {split: dataclasses.asdict(folder.data[split].info) for split in SPLITS},
         **describe_environment(),
     }

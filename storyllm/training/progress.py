@@ -18,11 +18,15 @@ BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}{postfix}]
 
 
 class Progress:
-    """Measures a run and shows a progress bar within its `with` block. Times are in seconds."""
+    """Measures a run and shows a progress bar within its `with` block. Times are in seconds.
 
-    def __init__(self, recipe: Recipe, iteration: int, peak_flops: float | None) -> None:
+    `peak_flops` are those of the device, if known; each of the processes has one.
+    """
+
+    def __init__(self, recipe: Recipe, iteration: int, peak_flops: float | None, processes: int = 1) -> None:
         self.recipe = recipe
-        self.peak_flops = peak_flops  # of the device, if known
+        self.peak_flops = None if peak_flops is None else peak_flops * processes
+        self.processes = processes
         self.iteration = iteration  # where the bar starts
         self.bar: ProgressBar | None = None
         self.windows = 0
@@ -46,13 +50,16 @@ class Progress:
         tqdm.write(message, sys.stdout)
 
     def track(self, micro_batches: Iterable[tuple[Tensor, Tensor]], iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the micro-batches of an update that starts at `iteration`, advancing the bar after each."""
+        """Yields the micro-batches of an update that starts at `iteration`, advancing the bar after each.
+
+        The other processes are assumed to be as far as this one.
+        """
         windows = 0
         for x, y in micro_batches:
             yield x, y
-            windows += len(x)
+            windows += len(x) * self.processes
             if self.bar is not None:
-                self.bar.n = iteration + windows / self.recipe.train.batch_size
+                self.bar.n = min(iteration + windows / self.recipe.train.batch_size, self.bar.total)
                 self.bar.update(0)
 
     def add_windows(self, windows: int, seconds: float) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import re
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,31 +82,40 @@ class TrainState:
 class RunFolder:
     """The checkpoint folder of a run of `recipe` on `data`, which may start from the model in `init_from`.
 
-    Raises StoryLLMError if the package that `report_to` needs is not installed, or if `mirror_dir` cannot be used.
+    Only one of several processes of a run `writes`; the others neither read nor write the folder. Raises StoryLLMError
+    if the package that `report_to` needs is not installed, or if `mirror_dir` cannot be used.
     """
 
-    def __init__(self, path: str | Path, recipe: Recipe, data: Dataset, init_from: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        recipe: Recipe,
+        data: Dataset,
+        init_from: str | Path | None = None,
+        writes: bool = True,
+    ) -> None:
         self.path = Path(path)
+        self.writes = writes
         self.recipe = recipe
         self.data = data
         self.init_from = None if init_from is None else str(init_from)
         self.started_from: dict[str, str] | None = None  # as `describe_initial_model` returned it
         self.last = self.path / LAST
         report_to = recipe.train.report_to
-        tracker = None if report_to == "none" else Tracker(report_to, self.path, recipe)
-        self.log = LogWriter(self.path / LOG, tracker)
-        mirror_dir, minutes = recipe.train.mirror_dir, recipe.train.mirror_minutes
+        tracker = None if report_to == "none" or not writes else Tracker(report_to, self.path, recipe)
+        self.log = LogWriter(self.path / LOG if writes else None, tracker)
+        mirror_dir, minutes = recipe.train.mirror_dir if writes else None, recipe.train.mirror_minutes
         files = (LOG, BEST, LAST)
         self.mirror = None if mirror_dir is None else Mirror(mirror_dir, minutes, self.path, files, self.log.warn)
         self.origin = self.path  # where `load` found the state
 
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and keeps other processes out. Raises StoryLLMError if it is in use."""
-        return lock_folder(self.path)
+        return lock_folder(self.path) if self.writes else nullcontext()
 
     def read_log(self) -> Log:
         """The log so far."""
-        return read_log(self.path / LOG)
+        return read_log(self.path / LOG) if self.writes else Log()
 
     def load(self) -> dict[str, Any] | None:
         """The newest intact state, in this folder or in its mirror, validated; None for a new run.
@@ -115,6 +124,8 @@ class RunFolder:
         StoryLLMError if no version is intact, if the state belongs to another recipe or other data, or if the folder
         contains files of another run.
         """
+        if not self.writes:
+            return None
         if self.mirror is not None:
             self.origin = self.mirror.restore(self._position()) or self.path
         saved = self._newest_intact()
@@ -141,9 +152,15 @@ class RunFolder:
     def create_model(self, saved: dict[str, Any] | None) -> GPT:
         """The model of the run, on the CPU, with the weights it starts with if there is no `saved` state.
 
-        Sets the recipe's model and `started_from`. Raises StoryLLMError if `init_from` does not fit recipe and data.
+        Sets the recipe's model and `started_from`. Raises StoryLLMError if `init_from` does not fit recipe and data, or
+        if the process that writes has no state and this one has.
         """
         if saved is None:
+            if not self.writes and self.last.exists():
+                raise StoryLLMError(
+                    f"{self.last} is on this machine, but not on that of rank 0, which would start a new run; put the "
+                    "checkpoint folder on a disk that all machines share"
+                )
             model = initial_model(self.recipe.model, self.data, self.init_from)
             self.started_from = describe_initial_model(self.init_from) if self.init_from else None
         elif saved["init_from"] is None:
@@ -261,6 +278,8 @@ class RunFolder:
 
     def save(self, state: TrainState, model: GPT, execution: Execution) -> None:
         """Saves everything needed to resume as last.pt. Raises StoryLLMError if the weights are not finite."""
+        if not self.writes:
+            return
         state.log_bytes = self.log.sync()  # first, so that a saved state never refers to lost log entries
         self.check_finite(model, state.iteration)
         save_checkpoint(
@@ -287,6 +306,8 @@ class RunFolder:
 
     def save_best(self, model: GPT, iteration: int, val_loss: float) -> None:
         """Saves the model as best_model_params.pt. Raises StoryLLMError if the weights are not finite."""
+        if not self.writes:
+            return
         self.check_finite(model, iteration)
         contents = model_contents(model, self.data.tokenizer, self.recipe)
         contents |= {"iteration": iteration, "val_loss": val_loss, "init_from": self.started_from}

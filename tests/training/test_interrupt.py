@@ -39,6 +39,16 @@ def test_the_first_interrupt_waits_for_check_and_the_second_raises(signum):
         assert isinstance(caught.value, Terminated) == (signum == signal.SIGTERM)
 
 
+def test_a_signal_of_another_process_does_not_count_as_the_first_of_this_one():
+    with Interrupt() as interrupt:
+        interrupt.request_elsewhere(signal.SIGTERM)
+        with pytest.raises(StopRequested):
+            interrupt.check()
+        signal.raise_signal(signal.SIGTERM)  # as when a machine is shut down after another one
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_the_previous_handler_is_restored(error):
     calls = []
