@@ -388,9 +388,8 @@ def _named(checkpoints: list[Path]) -> dict[str, Path]:
 
 
 def _print_error(message: str) -> None:
-    print(
-        f"storyllm: {process_prefix()}{StoryLLMError(message)}", file=sys.stderr
-    )  # StoryLLMError escapes control characters
+    error = StoryLLMError(message)  # which escapes control characters
+    print(f"storyllm: {process_prefix()}{error}", file=sys.stderr)
 
 
 def _open_closed_streams() -> None:

@@ -109,7 +109,7 @@ def test_three_processes_do_what_one_does(ranks, tiny_data, tmp_path, changes):
 
 
 def test_a_run_resumes_with_any_number_of_processes(ranks, tiny_data, tmp_path):
-    for size, stop_at in ((2, 30), (3, 60), (1, 100)):
+    for size, stop_at in ((2, 40), (3, 60), (1, 100)):
         changes = {"train.stop_at": stop_at}
         assert ranks.run(size, train_rank, changes, tiny_data, "resumed", cwd=tmp_path) == [0] * size
     ranks.run(1, train_rank, {}, tiny_data, "one", cwd=tmp_path)
