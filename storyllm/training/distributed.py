@@ -16,6 +16,7 @@ import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,7 +73,8 @@ class Processes:
         timeout = datetime.timedelta(seconds=self.timeout)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            self._store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            self._store = dist.PrefixStore(_name_of_attempt(store, self.rank, self.size, self.timeout), store)
             dist.init_process_group(backend, store=self._store, rank=self.rank, world_size=self.size, timeout=timeout)
             self.hosts = self._gather(socket.gethostname())
         except (RuntimeError, ConnectionLostError) as error:
@@ -334,6 +336,28 @@ def _rank_and_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_torchelastic_launched():
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
+
+
+def _name_of_attempt(store: Any, rank: int, size: int, timeout: float) -> str:
+    """A name that these processes agree on, and none before them had.
+
+    When torchrun restarts the processes, the store still has the addresses of those that have ended. So rank 0 chooses
+    a name, the others register under it, and start when they are among its members.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("attempt", own)
+        members = [store.get(f"{own} {other}").decode() for other in range(1, size)]  # waits for them
+        store.set(f"{own} members", json.dumps(members))
+        return own
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        name = store.get("attempt").decode()  # perhaps still that of the last attempt
+        store.set(f"{name} {rank}", own)
+        if store.check([f"{name} members"]) and own in json.loads(store.get(f"{name} members")):
+            return name
+        time.sleep(0.02)
+    raise ConnectionLostError("rank 0 did not start")
 
 
 def _raise_if_stopped(table: Tensor) -> None:
