@@ -334,8 +334,7 @@ def test_a_full_disk_while_logging_keeps_the_save(tiny_data, tmp_path):
     with pytest.raises(StoryLLMError, match=r"cannot write .*log\.jsonl .*space") as caught, file_size_limit(limit):
         train(recipe, tiny_data, folder)
     assert_one_line(caught)
-    assert log.stat().st_size == limit
-    assert not log.read_bytes().endswith(b"\n")  # part of a line
+    assert log.stat().st_size == limit  # nearly always in the middle of a line
     assert iteration_of(folder / "last.pt") == 200
     train(recipe, tiny_data, folder)
     assert_same_run(folder, tmp_path / "uninterrupted")
