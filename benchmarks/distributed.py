@@ -26,6 +26,7 @@ import torch.distributed as dist
 from common import describe_machine, run_cli
 
 import storyllm
+from storyllm.device import resolve_device_config
 from storyllm.training.launch import command_line_options
 from storyllm.training.muon import orthogonalize
 from storyllm.training.optimizer import parameter_groups
@@ -103,11 +104,13 @@ def measure_communication(config: storyllm.Recipe, repeats: int = 5) -> None:
             for matrix in weight.detach().chunk(group.get("parts", 1)):
                 matrix = matrix.t() if matrix.size(0) > matrix.size(1) else matrix
                 matrices.setdefault(matrix.shape, []).append(matrix)
+    dtype = resolve_device_config(config.train, config.model).dtype
     stacks = [torch.stack(batch) for batch in matrices.values()]
-    parts = list(torch.zeros(dist.get_world_size(), sum(s.numel() for s in stacks) // dist.get_world_size()).to(device))
+    size = sum(stack.numel() for stack in stacks) // dist.get_world_size()
+    parts = list(torch.zeros(dist.get_world_size(), size, dtype=dtype, device=device))
     tasks: dict[str, Any] = {
         "all_reduce": lambda: dist.all_reduce(gradients),
-        "newton_schulz": lambda: [orthogonalize(stack) for stack in stacks],
+        "newton_schulz": lambda: [orthogonalize(stack, dtype) for stack in stacks],
         "all_gather": lambda: dist.all_gather(parts, parts[dist.get_rank()].clone()) if stacks else None,
     }
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
