@@ -16,12 +16,15 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import tiktoken
+import torch
 
 from storyllm import GPT, GPTConfig, Recipe, Storyteller, TrainConfig, read_log
 from storyllm.checkpoint import load_checkpoint
@@ -162,6 +165,21 @@ def losses(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return [{name: entry[name] for name in names if name in entry} for entry in entries]
 
     return without_times(log.updates), without_times(log.evaluations)
+
+
+@contextmanager
+def interrupted_in_the_third_update() -> Iterator[None]:
+    """Sends SIGINT to this process during the third update within the block."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def interrupt_in_the_third_update(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return clip(*arguments)
+
+    with patch.object(torch.nn.utils, "clip_grad_norm_", interrupt_in_the_third_update):
+        yield
 
 
 def iteration_of(path: Path) -> int:

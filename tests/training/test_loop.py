@@ -19,6 +19,7 @@ from helpers import (
     TINY_EVALUATIONS,
     TINY_UPDATES,
     folder_contents,
+    interrupted_in_the_third_update,
     iteration_of,
     losses,
     weights,
@@ -382,17 +383,8 @@ def test_a_run_falls_back_to_the_previous_state(tiny_run, tiny_data, tmp_path):
     assert losses(tmp_path)[0] == losses(tiny_run)[0]
 
 
-def test_an_interrupt_saves_and_returns_the_log_so_far(tiny_run, tiny_data, tmp_path, monkeypatch, capsys):
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def interrupt_in_the_third_update(*arguments: object) -> Tensor:
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return clip(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt_in_the_third_update)
+def test_an_interrupt_saves_and_returns_the_log_so_far(tiny_run, tiny_data, tmp_path, capsys):
+    with interrupted_in_the_third_update():
         log = train(TINY, tiny_data, tmp_path)
     assert log.interrupted == signal.SIGINT
     assert [entry["iteration"] for entry in log.updates] == [4, 8, 12]  # the update is completed

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-
 import pytest
-import torch
-from helpers import SAVE_EVERY_UPDATE, TINY, losses, weights
+from helpers import SAVE_EVERY_UPDATE, TINY, interrupted_in_the_third_update, losses, weights
 
 from storyllm import Log, StoryLLMError, load, read_log, samples_table, train
 from storyllm.training.samples import MAX_NEW_TOKENS, TEMPERATURE
@@ -66,17 +63,8 @@ def test_the_same_weights_are_sampled_once(tiny_data, tmp_path):
     assert [iteration for iteration, _ in samples(tmp_path)] == [0, 4, 8, 12, 16, 20, 22]
 
 
-def test_an_interrupted_run_has_the_same_samples(sampled_run, tiny_data, tmp_path, monkeypatch):
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def interrupt_in_the_third_update(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return clip(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt_in_the_third_update)
+def test_an_interrupted_run_has_the_same_samples(sampled_run, tiny_data, tmp_path):
+    with interrupted_in_the_third_update():
         assert train(SAMPLED, tiny_data, tmp_path).interrupted
     train(SAMPLED, tiny_data, tmp_path)
     assert samples(tmp_path) == samples(sampled_run)
