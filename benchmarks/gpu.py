@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faithful_curve
 import generation
 import loss
 import plain_loop
@@ -48,10 +49,12 @@ def main(
     baseline_iterations: int = 2_000,
     repeats: int = 5,
     small: bool = False,
+    run_dir: Path | None = None,
 ) -> None:
     """Runs all measurements. A failed one, for instance for lack of memory, does not stop the others.
 
-    Trains `faithful` for `iterations` iterations, and the plain loop for `baseline_iterations`.
+    Trains `faithful` for `iterations` iterations, and the plain loop for `baseline_iterations`. `run_dir` keeps the
+    run of `faithful`; it must be new or empty.
     """
     recipe = storyllm.get_recipe("faithful").override({"train.device": device})
     eval_batches = plain_loop.EVAL_BATCHES
@@ -65,7 +68,7 @@ def main(
     print(describe_machine())
     peak = matmul_flops(device, 256 if small else 8_192)
     sections: dict[str, Callable[[], None]] = {
-        "training": lambda: end_to_end(recipe, data_dir, iterations, baseline_iterations, eval_batches, peak),
+        "training": lambda: end_to_end(recipe, data_dir, run_dir, iterations, baseline_iterations, eval_batches, peak),
         "updates": lambda: updates(recipe, repeats, peak),
         "optimizers": lambda: optimizers(recipe, repeats),
         "memory": lambda: memory(recipe),
@@ -98,6 +101,7 @@ def matmul_flops(device: str, size: int) -> float:
 def end_to_end(
     recipe: storyllm.Recipe,
     data_dir: Path,
+    run_dir: Path | None,
     iterations: int,
     baseline_iterations: int,
     eval_batches: int,
@@ -105,10 +109,10 @@ def end_to_end(
 ) -> None:
     """Time per iteration of complete runs, including startup, compilation, evaluations and checkpoints."""
     recipe = recipe.override({"train.stop_at": iterations})
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         started = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):  # hides the progress bar
-            log = storyllm.train(recipe, data_dir, folder)
+            log = storyllm.train(recipe, data_dir, run_dir or temporary)
         seconds = time.perf_counter() - started
     device = resolve_device_config(recipe.train, recipe.model)
     tokens_per_second = statistics.median(update["tokens_per_second"] for update in log.updates)
@@ -118,6 +122,7 @@ def end_to_end(
     print(f"{flops / peak:.1%} of the FLOP/s of the matrix product")
     if device.peak_flops is not None:
         print(f"{flops / device.peak_flops:.1%} of the GPU's peak FLOP/s (MFU)")
+    faithful_curve.print_comparison(log)
 
     config = dataclasses.replace(recipe.train, stop_at=baseline_iterations)
     paths = {split: data_dir / f"{split}.bin" for split in ("train", "validation")}

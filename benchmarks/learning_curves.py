@@ -2,12 +2,13 @@
 
     python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 2500000
     python benchmarks/learning_curves.py --source FOLDER --runs fast adamw --published --out curves.png
-    python benchmarks/learning_curves.py --source FOLDER --tokens 4400000 --seeds 3               # for a GPU
-    python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 82000000 --seeds 3  # as long as faithful
+    python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 4400000 --seeds 3   # for a GPU
+    python benchmarks/learning_curves.py --source FOLDER --runs fast --tokens 20000000 \\
+        --settings "train.batch_size=32 train.weight_decay=0.5"
 
-A run is a recipe's name, or "adamw": `fast` with AdamW alone. The schedule of a run spans --tokens, except for
-`faithful`, which keeps its own and stops early. Runs are kept in --folder: an interrupted one resumes, and completed
-ones are not repeated. The stories need a validation split.
+A run is a recipe's name, or "adamw": `fast` with AdamW alone. --settings changes fields of all of them. The schedule of
+a run spans --tokens, except for `faithful`, which keeps its own and stops early. Runs are kept in --folder: an
+interrupted one resumes, and completed ones are not repeated. The stories need a validation split.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import describe_machine, published_curve, run_cli
+from sweep import parse_settings
 
 import storyllm
 
@@ -36,6 +38,7 @@ def main(
     published: bool = False,
     dtype: str = "auto",
     eval_windows: int = 256,
+    settings: str = "",
 ) -> int:
     """Trains each run with each seed on `tokens` tokens and prints a row with its loss on all validation stories.
 
@@ -47,10 +50,12 @@ def main(
     logs: dict[str, str | Path | storyllm.Log] = {}
     for name in runs:
         for seed in range(seeds):
-            recipe = make_recipe(name, source, seed, tokens, dtype, eval_windows)
+            changes = {**parse_settings(settings), "train.dtype": dtype, "train.eval_windows": eval_windows}
+            recipe = make_recipe(name, source, seed, tokens, changes)
             data_dir = folder / f"data-{recipe.data.tokenizer.replace(':', '')}"
             trained_tokens = recipe.train.last_iteration * recipe.train.batch_size * recipe.model.block_size
-            run_dir = folder / f"{name}-{trained_tokens}-{seed}"
+            suffix = f" {settings}" if settings else ""
+            run_dir = folder / f"{name}-{trained_tokens}-{seed}{suffix}"
             storyllm.prepare(recipe.data, data_dir)
             log = storyllm.train(recipe, data_dir, run_dir)
             if log.interrupted:
@@ -69,19 +74,17 @@ def main(
     return 0
 
 
-def make_recipe(run: str, source: str, seed: int, tokens: int, dtype: str, eval_windows: int) -> storyllm.Recipe:
+def make_recipe(run: str, source: str, seed: int, tokens: int, changes: dict[str, Any]) -> storyllm.Recipe:
     """The recipe of a run, with the number of iterations that `tokens` gives and about 20 evaluations."""
-    name, changes = VARIANTS.get(run, (run, {}))
-    recipe = storyllm.get_recipe(name).override(changes)
+    name, variant = VARIANTS.get(run, (run, {}))
+    recipe = storyllm.get_recipe(name).override({**variant, **changes})
     iterations = max(1, tokens // (recipe.train.batch_size * recipe.model.block_size))
     return recipe.override(
         {
             "data.source": source,
             "train.seed": seed,
-            "train.dtype": dtype,
             "train.stop_at" if name == "faithful" else "train.max_iters": iterations,
             "train.eval_interval": max(1, iterations // 20),
-            "train.eval_windows": eval_windows,
         }
     )
 

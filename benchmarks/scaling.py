@@ -81,13 +81,24 @@ def update_flops(recipe: Recipe) -> int:
     return recipe.train.windows_per_update * recipe.model.block_size * flops_per_token(recipe.model)
 
 
-def muon_flops(recipe: Recipe) -> int:
-    """FLOPs of Muon's Newton-Schulz iterations in an update, which every GPU computes."""
+def muon_matrices(recipe: Recipe) -> dict[tuple[int, int], int]:
+    """How many matrices of which shape Muon orthogonalizes."""
     if recipe.train.optimizer != "muon":
-        return 0
-    C = recipe.model.n_embd
-    matrices = 4 * [(C, C)] + 2 * [(C, 4 * C)]  # queries, keys, values, projection; the two of the MLP
-    return recipe.model.n_layer * STEPS * sum(4 * rows**2 * columns + 2 * rows**3 for rows, columns in matrices)
+        return {}
+    C, layers = recipe.model.n_embd, recipe.model.n_layer
+    return {(C, C): 4 * layers, (C, 4 * C): 2 * layers}  # queries, keys, values, projection; the two of the MLP
+
+
+def muon_flops(recipe: Recipe, gpus: int = 1) -> int:
+    """FLOPs of Muon's Newton-Schulz iterations in an update, on the GPU with the most matrices of each shape."""
+    shares = {shape: math.ceil(count / gpus) for shape, count in muon_matrices(recipe).items()}
+    return STEPS * sum(n * (4 * rows**2 * columns + 2 * rows**3) for (rows, columns), n in shares.items())
+
+
+def gather_seconds(cluster: Cluster, recipe: Recipe, gpus: int) -> float:
+    """The time to send the 16-bit updates of Muon's matrices to all GPUs of a ring, without latency."""
+    shares = {shape: math.ceil(count / gpus) for shape, count in muon_matrices(recipe).items()}
+    return (gpus - 1) * 2 * sum(n * rows * columns for (rows, columns), n in shares.items()) / cluster.rate(gpus)
 
 
 def reduce_seconds(cluster: Cluster, weights: int, gpus: int) -> float:
@@ -102,7 +113,8 @@ def update_seconds(cluster: Cluster, recipe: Recipe, gpus: int) -> float:
     micro_batch = min(int(cluster.memory) // GPU_BYTES_PER_TOKEN, GPU_TOKENS)
     micro_batch = micro_batch * REFERENCE_SIZE // (model.n_layer * model.n_embd)
     seconds_per_token = flops_per_token(model) / cluster.flops
-    optimizer = OPTIMIZER_BYTES * total / cluster.memory_rate + muon_flops(recipe) / cluster.flops
+    optimizer = OPTIMIZER_BYTES * total / cluster.memory_rate + muon_flops(recipe, gpus) / cluster.flops
+    optimizer += gather_seconds(cluster, recipe, gpus)
     embeddings = reduce_seconds(cluster, embedding_parameters(model), gpus)
     blocks = reduce_seconds(cluster, total - embedding_parameters(model), gpus)
     overlap = 2 / 3 * min(tokens, micro_batch) * seconds_per_token  # the backward pass is two thirds

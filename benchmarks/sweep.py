@@ -28,7 +28,7 @@ from common import describe_machine, run_cli
 
 import storyllm
 import storyllm.data.windows
-import storyllm.training.loop
+import storyllm.training.initial_model
 
 
 def initialized(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Callable[[storyllm.GPTConfig], storyllm.GPT]:
@@ -83,10 +83,10 @@ def from_story_starts(
 
 # {name: (module, name in it, replacement during training)}
 VARIANTS: dict[str, tuple[ModuleType, str, Callable[..., Any]]] = {
-    "zero_projections": (storyllm.training.loop, "GPT", initialized(zero_projections)),
-    "by_width": (storyllm.training.loop, "GPT", initialized(by_width)),
-    "small_embeddings": (storyllm.training.loop, "GPT", initialized(small_embeddings)),
-    "large_embeddings": (storyllm.training.loop, "GPT", initialized(large_embeddings)),
+    "zero_projections": (storyllm.training.initial_model, "GPT", initialized(zero_projections)),
+    "by_width": (storyllm.training.initial_model, "GPT", initialized(by_width)),
+    "small_embeddings": (storyllm.training.initial_model, "GPT", initialized(small_embeddings)),
+    "large_embeddings": (storyllm.training.initial_model, "GPT", initialized(large_embeddings)),
     "from_story_starts": (storyllm.data.windows, "shuffled_windows", from_story_starts),
 }
 

@@ -140,7 +140,8 @@ def test_invalid_input_is_one_line_and_exit_code_2(run_benchmark):
 
 def test_a_sweep_prints_a_row_per_setting_and_seed_and_repeats_no_run(run_benchmark, tmp_path):
     rows = (
-        "'train.optimizer=muon train.schedule=wsd' 'train.windows=shuffled try=from_story_starts' try=zero_projections"
+        "'train.optimizer=muon train.schedule=wsd' 'train.windows=shuffled try=from_story_starts' "
+        "try=zero_projections try=large_embeddings"  # differ in nothing else
     )
     options = f"--data-dir {{data}} --tokens 160 --base '{TINY_SETTINGS}' --seeds 2 --rows {rows}"
     tables = []
@@ -148,22 +149,25 @@ def test_a_sweep_prints_a_row_per_setting_and_seed_and_repeats_no_run(run_benchm
         code, out, _ = run_benchmark("sweep.py", options)
         assert code == 0
         tables.append(re.findall(r"^ +(\d\.\d{4}) +(\d\.\d{4}) .*seed (\d)$", out, re.M))
-    assert len(set(tables[0])) == 6
+    assert len(set(tables[0])) == 8
     assert tables[1] == tables[0]
     runs = list((tmp_path / "checkpoints" / "sweep").iterdir())
-    assert len(runs) == 6
+    assert len(runs) == 8
     for run in runs:
         assert [update["iteration"] for update in read_log(run / "log.jsonl").updates] == list(range(1, 11))
 
 
 def test_learning_curves_are_compared_on_all_validation_stories(run_benchmark, tmp_path):
     options = "--source {stories} --runs demo --tokens 2048 --seeds 2 --eval-windows 2 --out runs.png --folder runs"
+    options += " --settings train.batch_size=2"
     with pytest.warns(UserWarning, match="vocabulary"):  # the stories are too few for 1,024 tokens
         code, out, _ = run_benchmark("learning_curves.py", options)
     assert code == 0
     rows = re.findall(r"^demo +(\d) +2,048 +[\d,]+ +(\d\.\d{4}) +(\d\.\d{4}) +\d", out, re.M)
     assert [seed for seed, _, _ in rows] == ["0", "1"] and rows[0][1] != rows[1][1]
-    report = evaluate(load(tmp_path / "runs/demo-2048-1/last.pt"), tmp_path / "runs/data-bpe1024/validation.bin")
+    run_dir = tmp_path / "runs/demo-2048-1 train.batch_size=2"
+    assert [update["iteration"] for update in read_log(run_dir / "log.jsonl").updates] == [1, 2, 3, 4]
+    report = evaluate(load(run_dir / "last.pt"), tmp_path / "runs/data-bpe1024/validation.bin")
     assert rows[1][1:] == (f"{report.loss:.4f}", f"{report.bits_per_byte:.4f}")
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
 

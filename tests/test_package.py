@@ -31,7 +31,7 @@ checkpoint importing storyteller
 evaluation.likelihood evaluation.statistics evaluation.vocabulary evaluation.reference evaluation.diversity
 evaluation.novelty evaluation.consistency evaluation.protocol evaluation.comparison evaluation.pages evaluation.report
 evaluation.ratings
-training.muon training.optimizer training.interrupt training.distributed training.trackers training.log training.mirror
+training.interrupt training.distributed training.muon training.optimizer training.trackers training.log training.mirror
 training.execution training.progress training.initial_model training.run_folder training.samples training.loop
 training.launch
 plots.style plots.loss_curves plots.architecture plots.text plots.predictions plots.internals

@@ -177,6 +177,19 @@ class Processes:
         """The size of the largest share of that many windows."""
         return -(-windows // self.size)
 
+    def map_rows(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """`function` of (n, ...) rows, of which each process computes its share. It keeps the shape of the rows."""
+        if self.size == 1:
+            return function(rows)
+        shares = rows.tensor_split(self.size)
+        result = function(shares[self.rank])
+        padded = result.new_zeros(len(shares[0]), *rows.shape[1:])  # all shares are sent as the largest, the first
+        padded[: len(result)] = result
+        parts = [torch.empty_like(padded) for _ in shares]
+        with _connection():
+            dist.all_gather(parts, padded)
+        return torch.cat([part[: len(share)] for part, share in zip(parts, shares, strict=True)])
+
     def connect(self, model: nn.Module) -> None:
         """Gives `model` the weights of rank 0. From now on, `sum` adds up its gradients at the end of an update.
 

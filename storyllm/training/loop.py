@@ -115,7 +115,7 @@ def train(
         if saved and config.micro_batch_size == "auto" and saved["device"] == device.device.type:
             device = dataclasses.replace(device, micro_batch_size=saved["micro_batch_size"])
         model = model.to(device.device)
-        optimizer = make_optimizer(model, config, device.dtype)
+        optimizer = make_optimizer(model, config, device.dtype, processes)
         execution = Execution(config, device, optimizer, interrupt, folder.log.warn, processes)
         state = folder.restore(saved, model, execution) if saved else TrainState()
         processes.connect(model)

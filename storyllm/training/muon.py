@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import Processes
+
 # Coefficients of a Newton-Schulz iteration, from Jordan et al. 2024. Five steps bring singular values close to 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -19,12 +21,20 @@ class Muon(torch.optim.Optimizer):
 
     A matrix in a group with `parts` > 1 is a stack of that many matrices, such as those of queries, keys and values,
     and each is orthogonalized on its own. `dtype` is that of the orthogonalization. Unlike `torch.optim.Muon`, all
-    matrices of the same shape are orthogonalized in one batch.
+    matrices of the same shape are orthogonalized in one batch, which is divided among `processes`.
     """
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+        processes: Processes | None = None,
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "parts": 1})
         self.dtype = dtype
+        self.processes = processes or Processes()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -45,7 +55,8 @@ class Muon(torch.optim.Optimizer):
                         matrix, part = matrix.t(), part.t()
                     batches[matrix.shape].append((matrix, part, group["lr"]))
         for shape, batch in batches.items():
-            updates = orthogonalize(torch.stack([part for _, part, _ in batch]), self.dtype)
+            stack = torch.stack([part for _, part, _ in batch])
+            updates = self.processes.map_rows(lambda matrices: orthogonalize(matrices, self.dtype), stack)
             for (matrix, _, lr), update in zip(batch, updates, strict=True):
                 matrix.add_(update, alpha=-lr * 0.2 * math.sqrt(max(shape)))  # alpha gives AdamW's root mean square
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..config import TrainConfig
+from .distributed import Processes
 from .muon import Muon
 
 
@@ -58,10 +59,15 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> tuple[list[dict[s
     return muon if muon_names else [], adamw
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module,
+    config: TrainConfig,
+    dtype: torch.dtype = torch.float32,
+    processes: Processes | None = None,
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019), fused except on MPS, optionally with Muon (Jordan et al. 2024).
 
-    `dtype` is that of the run's matrix products, and of Muon's.
+    `dtype` is that of the run's matrix products, and of Muon's, which are divided among `processes`.
     """
     muon_groups, adamw_groups = parameter_groups(model, config)
     on_mps = next(model.parameters()).device.type == "mps"
@@ -69,7 +75,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = t
     adamw = torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=betas, fused=not on_mps)
     if not muon_groups:
         return adamw
-    return MuonAndAdamW(Muon(muon_groups, config.learning_rate, dtype=dtype), adamw)
+    return MuonAndAdamW(Muon(muon_groups, config.learning_rate, dtype=dtype, processes=processes), adamw)
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

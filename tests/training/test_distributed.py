@@ -22,7 +22,7 @@ import storyllm
 from storyllm import StoryLLMError, read_log, train
 from storyllm.checkpoint import load_checkpoint
 from storyllm.cli import main
-from storyllm.training import distributed
+from storyllm.training import distributed, muon
 from storyllm.training.distributed import torchrun_processes
 
 pytestmark = pytest.mark.timeout(300)
@@ -166,6 +166,31 @@ def test_each_gradient_is_reduced_once_per_update_during_the_last_backward_pass(
             assert not [event for event in update[:first] if isinstance(event, int)]  # none in the first pass
             assert update[-1] == "end of backward"  # all were launched before the last pass ended
             assert len([event for event in update if isinstance(event, int)]) > 3
+
+
+def record_orthogonalized(rank: int, data: str) -> None:
+    """Trains with Muon; prints how many matrices this process orthogonalized, and of which size."""
+    orthogonalize, batches = muon.orthogonalize, []
+
+    def recorded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        batches.append((tuple(x.shape[1:]), len(x)))
+        return orthogonalize(x, dtype)
+
+    muon.orthogonalize = recorded
+    train(RECIPE.override({**SHORT, "train.optimizer": "muon"}), data, "run")
+    print(json.dumps(batches))
+
+
+def test_matrices_of_muon_are_divided_among_the_processes(ranks, tiny_data, tmp_path):
+    assert ranks.run(3, record_orthogonalized, tiny_data, cwd=tmp_path) == [0, 0, 0]
+    width, layers = RECIPE.model.n_embd, RECIPE.model.n_layer
+    found = [json.loads((tmp_path / f"rank-{rank}.out").read_text().splitlines()[-1]) for rank in range(3)]
+    updates = 10
+    assert {len(batches) for batches in found} == {2 * updates}
+    for shape, matrices in (((width, width), 4 * layers), ((width, 4 * width), 2 * layers)):
+        shares = [[count for size, count in batches if tuple(size) == shape] for batches in found]
+        expected = [-(-matrices // 3), -(-(matrices - 1) // 3), matrices // 3]
+        assert shares == [[count] * updates for count in expected]
 
 
 def test_the_log_has_the_processes_and_total_rates(ranks, tiny_data, tmp_path):
