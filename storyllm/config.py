@@ -42,6 +42,11 @@ class StoryLLMError(Exception):
         return [f"StoryLLMError: {self}"]
 
 
+def missing_extra(purpose: str, package: str, extra: str) -> StoryLLMError:
+    """The error for a package of an extra that is not installed."""
+    return StoryLLMError(f'{purpose} needs the package {package}; run: pip install "storyllm[{extra}]"')
+
+
 def plain_number(value: Any) -> Any:
     """A NumPy number as a Python number, anything else unchanged."""
     return value.item() if isinstance(value, np.number) else value

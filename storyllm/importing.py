@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import BEST, check_format, load_archive, mismatch_errors, model_from_weights, restore_model
-from .config import GPTConfig, StoryLLMError, shown
+from .config import GPTConfig, StoryLLMError, missing_extra, shown
 from .data.token_file import VOCABULARY, load_tokenizer
 from .data.tokenizer import gpt2_tokenizer
 from .data.tokenizer_json import tokenizer_from_json
@@ -102,11 +102,6 @@ def _download(name: str) -> Path:
             f"{name} is not a file or folder here, and cannot be loaded from the Hub ({type(error).__name__}); check "
             "the name and the network connection, or pass a folder"
         ) from error
-
-
-def missing_extra(purpose: str, package: str, extra: str) -> StoryLLMError:
-    """The error for a package of an extra that is not installed."""
-    return StoryLLMError(f'{purpose} needs the package {package}; run: pip install "storyllm[{extra}]"')
 
 
 # Hugging Face

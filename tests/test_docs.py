@@ -101,10 +101,10 @@ def test_the_training_settings_table_has_the_settings_of_the_recipes():
         assert cells["schedule"][column].startswith(train.schedule)
         if train.schedule == "wsd":
             assert f"`decay_fraction` {train.decay_fraction}" in cells["schedule"][column]
-        rate = cells["learning rate (Muon: 0.3 of it)"][column]
+        rate = cells["learning rate (Muon: 0.2 of it)"][column]
         rates = [float(number) for number in re.findall(r"\b\d(?:e-\d)?\b", rate)]
         assert rates == [train.learning_rate, train.min_lr]
-        assert train.optimizer != "muon" or train.muon_lr_scale == 0.3
+        assert train.optimizer != "muon" or train.muon_lr_scale == 0.2
         assert float(cells["dropout"][column]) == model.dropout
         assert cells["windows"][column] == ("with" if train.windows == "random" else "without") + " replacement"
         assert cells["vocabulary"][column].startswith(f"{model.vocab_size:,},")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import StoryLLMError
+from ..config import missing_extra
 from .vocabulary import words
 
 
@@ -48,7 +48,7 @@ class SacreBLEU:
         try:
             from sacrebleu.metrics import BLEU, CHRF
         except ImportError as error:
-            raise StoryLLMError('sacrebleu is not installed; pip install "storyllm[judge]"') from error
+            raise missing_extra("judge", "sacrebleu", "judge") from error
         self._bleu = BLEU(effective_order=True)  # orders that a short text does not have do not count
         self._chrf = CHRF(references=[[""]])
         self.signatures = {

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import StoryLLMError
+from ..config import StoryLLMError, missing_extra
 from ..data.tokenizer_json import tokenizer_to_json
 from ..files import fsync, os_error
-from ..importing import OPTIONS, load_model, missing_extra
+from ..importing import OPTIONS, load_model
 from ..model.gpt import GPT
 
 # Parts of a block in StoryLLM -> in GGUF.

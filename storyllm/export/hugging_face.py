@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import GPTConfig, StoryLLMError
+from ..config import GPTConfig, StoryLLMError, missing_extra
 from ..data.formats import END_OF_TEXT
 from ..data.tokenizer_json import tokenizer_to_json
 from ..files import atomic_folder
-from ..importing import ACTIVATIONS, CONFIG, OPTIONS, TOKENIZER, TRANSPOSED, WEIGHTS, load_model, missing_extra
+from ..importing import ACTIVATIONS, CONFIG, OPTIONS, TOKENIZER, TRANSPOSED, WEIGHTS, load_model
 from ..model.gpt import GPT
 from .model_card import model_card
 

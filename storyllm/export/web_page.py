@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import Recipe, StoryLLMError, shown
+from ..config import Recipe, StoryLLMError, missing_extra, shown
 from ..data.tokenizer import tokenizer_to_dict
 from ..files import atomic_write
 from ..importing import load_model, model_file
@@ -62,7 +62,7 @@ def playground(storyteller: Storyteller | str | Path, weights: str = "int8", hei
     try:
         from IPython.display import HTML
     except ImportError as error:
-        raise StoryLLMError('playground needs IPython; pip install "storyllm[notebook]"') from error
+        raise missing_extra("playground", "IPython", "notebook") from error
     if type(height) is not int or height < 1:
         raise StoryLLMError(f"height is {shown(height)}, must be a positive integer (pixels)")
     page = html.escape(_page(storyteller, weights))

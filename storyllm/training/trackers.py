@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..config import Recipe, StoryLLMError
+from ..config import Recipe, missing_extra
 
 PROJECT = "storyllm"
 UPDATES = 1_000  # about as many updates of a run are reported
@@ -114,9 +114,7 @@ class Tracker:
 
     def __init__(self, name: str, folder: Path, recipe: Recipe) -> None:
         if find_spec(name) is None:
-            raise StoryLLMError(
-                f'report_to is {name!r}, but {name} is not installed; pip install "storyllm[{name}]", or use "none"'
-            )
+            raise missing_extra(f"report_to {name!r}", name, name)
         self.name = name
         self.folder = folder.resolve()
         self.recipe = recipe

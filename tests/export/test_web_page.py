@@ -278,4 +278,4 @@ except storyllm.StoryLLMError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == 'playground needs IPython; pip install "storyllm[notebook]"\n', done.stderr
+    assert done.stdout == 'playground needs the package IPython; run: pip install "storyllm[notebook]"\n', done.stderr

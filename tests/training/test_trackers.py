@@ -239,7 +239,7 @@ def test_a_tracker_that_fails_is_one_warning(wandb_runs, tiny_run, tiny_data, tm
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_package_is_one_line_before_training_starts(tiny_data, tmp_path, monkeypatch, capsys, name):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(StoryLLMError, match=rf'{name} is not installed; pip install "storyllm\[{name}\]"'):
+    with pytest.raises(StoryLLMError, match=rf'needs the package {name}; run: pip install "storyllm\[{name}\]"'):
         train(TINY.override({"train.report_to": name}), tiny_data, tmp_path / "run")
     options = ["--train.report-to", name, "--data-dir", str(tiny_data), "--checkpoint-dir", str(tmp_path / "run")]
     assert main(["train", *options]) == 2
