@@ -66,6 +66,7 @@ class Processes:
         self._store: Any = None  # shared, and available even if a process has failed
         self._stdout = sys.stdout
         self._gradients: GradientSum | None = None
+        self._summed = False  # in the current attempt
 
     def __enter__(self) -> Processes:
         if self.size == 1:
@@ -122,10 +123,12 @@ class Processes:
         return values[0]
 
     def attempt(self, function: Callable[[], T]) -> T:
-        """Calls `function`, which ends with `sum`. If one process is interrupted or runs out of memory, all stop.
+        """Calls `function`, which calls `sum` once. If one process is interrupted or runs out of memory, all stop.
 
-        The others raise StoppedElsewhere or OutOfMemoryElsewhereError in `sum`.
+        The others raise StoppedElsewhere or OutOfMemoryElsewhereError in `sum`. After it they cannot stop together:
+        StoryLLMError is raised if this process runs out of memory then.
         """
+        self._summed = False
         try:
             return function()
         except (StoppedElsewhere, OutOfMemoryElsewhereError):
@@ -134,6 +137,11 @@ class Processes:
             if self.size > 1 and isinstance(error, StopRequested):
                 self._exchange(error.args[0])
             elif self.size > 1 and is_out_of_memory(error):
+                if self._summed:
+                    raise StoryLLMError(
+                        f"{self._name(self.rank)} ran out of memory in the optimizer step; set a smaller "
+                        "train.micro_batch_size, or use a GPU with more memory"
+                    ) from error
                 _raise_if_stopped(self._exchange(OUT_OF_MEMORY))
             raise
 
@@ -146,6 +154,7 @@ class Processes:
         for rank, status in enumerate(table[:, 0].tolist()):
             if status == OUT_OF_MEMORY:
                 raise OutOfMemoryElsewhereError(self._name(rank))
+        self._summed = True
         return table[:, 1].sum(), table[:, 2].sum()
 
     def _exchange(self, status: int, a: float = 0.0, b: float = 0.0) -> Tensor:

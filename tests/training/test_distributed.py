@@ -252,6 +252,32 @@ def test_running_out_of_memory_while_gradients_are_added_up_repeats_the_update(r
     assert_same_run(tmp_path / "short", tmp_path / "enough")
 
 
+def run_out_of_memory_in_the_step(rank: int, data: str) -> None:
+    """Trains with Muon; rank 1 runs out of memory in the optimizer step of the third update."""
+    orthogonalize, calls = muon.orthogonalize, []
+
+    def failing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        calls.append(1)
+        if rank == 1 and len(calls) == 6:  # there are two shapes
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return orthogonalize(x, dtype)
+
+    muon.orthogonalize = failing
+    try:
+        train(RECIPE.override({**SHORT, "train.optimizer": "muon"}), data, "run")
+    except StoryLLMError as error:
+        print(error)
+        raise SystemExit(2) from error
+
+
+def test_running_out_of_memory_in_the_optimizer_step_ends_the_run(ranks, tiny_data, tmp_path):
+    assert ranks.run(2, run_out_of_memory_in_the_step, tiny_data, cwd=tmp_path) == [2, 2], errors(tmp_path, 2)
+    outputs = [(tmp_path / f"rank-{rank}.out").read_text() for rank in range(2)]
+    assert "rank 1 on" in outputs[1] and "ran out of memory in the optimizer step" in outputs[1]
+    assert "lost" not in outputs[0]
+    train_rank(0, {**SHORT, "train.optimizer": "muon"}, tiny_data, tmp_path / "run")  # resumes
+
+
 def interrupt_rank_1(rank: int, data: str) -> int:
     """Trains; rank 1 gets SIGTERM in an update."""
     manual_seed, updates = torch.manual_seed, []
