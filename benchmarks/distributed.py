@@ -5,8 +5,9 @@
     python benchmarks/distributed.py --data-dir data --recipe demo --updates 20
 
 Each number of processes trains the same recipe with torchrun, for a few updates. Rates are medians of the log, without
-the first updates. On CPUs, each process has one thread. The last columns compare the time of all of Muon's Newton-Schulz
-iteration, which the processes divide, with that of sending each process's part of the result to the others.
+the first updates. On CPUs, each process has one thread. The last columns compare the time of Muon's complete
+Newton-Schulz iteration, which the processes divide, with that of sending each process's part of the result to the
+others.
 """
 
 from __future__ import annotations
