@@ -81,24 +81,26 @@ def update_flops(recipe: Recipe) -> int:
     return recipe.train.windows_per_update * recipe.model.block_size * flops_per_token(recipe.model)
 
 
-def muon_matrices(recipe: Recipe) -> dict[tuple[int, int], int]:
-    """How many matrices of which shape Muon orthogonalizes."""
+def muon_share(recipe: Recipe, gpus: int) -> dict[tuple[int, int], int]:
+    """How many matrices of which shape Muon orthogonalizes, on the GPU with the most of each."""
     if recipe.train.optimizer != "muon":
         return {}
     C, layers = recipe.model.n_embd, recipe.model.n_layer
-    return {(C, C): 4 * layers, (C, 4 * C): 2 * layers}  # queries, keys, values, projection; the two of the MLP
+    counts = {(C, C): 4 * layers, (C, 4 * C): 2 * layers}  # queries, keys, values, projection; the two of the MLP
+    return {shape: math.ceil(count / gpus) for shape, count in counts.items()}
 
 
 def muon_flops(recipe: Recipe, gpus: int = 1) -> int:
     """FLOPs of Muon's Newton-Schulz iterations in an update, on the GPU with the most matrices of each shape."""
-    shares = {shape: math.ceil(count / gpus) for shape, count in muon_matrices(recipe).items()}
-    return STEPS * sum(n * (4 * rows**2 * columns + 2 * rows**3) for (rows, columns), n in shares.items())
+    return STEPS * sum(
+        n * (4 * rows**2 * columns + 2 * rows**3) for (rows, columns), n in muon_share(recipe, gpus).items()
+    )
 
 
 def gather_seconds(cluster: Cluster, recipe: Recipe, gpus: int) -> float:
     """The time to send the 16-bit updates of Muon's matrices to all GPUs of a ring, without latency."""
-    shares = {shape: math.ceil(count / gpus) for shape, count in muon_matrices(recipe).items()}
-    return (gpus - 1) * 2 * sum(n * rows * columns for (rows, columns), n in shares.items()) / cluster.rate(gpus)
+    weights = sum(n * rows * columns for (rows, columns), n in muon_share(recipe, gpus).items())
+    return (gpus - 1) * 2 * weights / cluster.rate(gpus)
 
 
 def reduce_seconds(cluster: Cluster, weights: int, gpus: int) -> float:
