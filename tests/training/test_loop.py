@@ -210,11 +210,11 @@ def test_the_best_model_is_that_of_the_lowest_validation_loss(tiny_run, tiny_dat
 
 @pytest.mark.parametrize("name", ["fast", "small-vocab"])
 def test_fast_recipes_learn_in_twenty_updates(tiny_data, tmp_path, name):
-    changes = {"train.max_iters": 20, "train.warmup_iters": 3, "train.batch_size": 2, "train.eval_interval": 20}
+    changes = {"train.max_iters": 20, "train.warmup_iters": 3, "train.batch_size": 4, "train.eval_interval": 20}
     changes |= {"train.eval_windows": 8, "train.device": "cpu", "model.n_layer": 2, "model.n_embd": 96}
     log = train(RECIPES[name].override(changes), tiny_data, tmp_path)
     assert log.evaluations[0]["val_loss"] == pytest.approx(math.log(300), abs=0.2)
-    assert log.evaluations[-1]["val_loss"] < 3.3
+    assert log.evaluations[-1]["val_loss"] < 3
 
 
 @pytest.mark.parametrize(("stop_at", "iteration"), [(10, 8), (11, 8), (8, 8), (20, 20), (21, 20)])
